@@ -1,0 +1,102 @@
+"""Files that exist whole or not at all: write beside, sync, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from sdxl_core.errors import DataError, DiskFullError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error that says what to do; other OSErrors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{path}: the disk is full ({error.strerror}). Everything finished so far is kept; "
+                f"free some space and run the same command again, it continues where it stopped."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(
+                f"{path}: cannot be written ({error.strerror}). Choose another out folder or change its permissions."
+            ) from error
+        raise
+
+
+@contextmanager
+def atomic_writer(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that takes its name `path` only when the block ends without an error.
+
+    Args:   path: final name; its folder is created.   sync: fsync file and folder before returning (else the
+            caller syncs a whole group, see `sync_files`).
+    Raises: DiskFullError, DataError (no permission).
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        if sync:
+            sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True) -> None:
+    """Write `data` (bytes or an iterator of pieces) to `path`, whole or not at all. Raises as `atomic_writer`."""
+    with atomic_writer(path, sync=sync) as file:
+        for piece in (data,) if isinstance(data, bytes) else data:
+            file.write(piece)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that renames in it survive a power cut (no-op where folders cannot be opened)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):  # Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """fsync many finished files and each of their folders once: one commit group."""
+    folders: set[Path] = set()
+    for path in paths:
+        with disk_errors(path), open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        folders.add(path.parent)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(*parts: str | bytes | int) -> str:
+    """SHA-256 (64 hex digits) over a sequence of values; lengths are hashed too, so parts cannot run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

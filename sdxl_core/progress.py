@@ -1,0 +1,43 @@
+"""How long work says where it is: one callable, drawn as a bar in a terminal or as an artifact in the browser."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called with absolute numbers, as often as the work likes; whoever draws it limits the rate."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
+    """Progress for callers that do not watch."""
+
+
+@contextmanager
+def terminal_progress() -> Iterator[Progress]:
+    """A tqdm bar a stage on stderr; silent where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[None]] = {}
+
+    def draw(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, unit="img" if stage != "train" else "step", dynamic_ncols=True)
+        bar = bars[stage]
+        bar.total = total
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
+
+    try:
+        yield draw
+    finally:
+        for bar in bars.values():
+            bar.close()

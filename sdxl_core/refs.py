@@ -1,0 +1,136 @@
+"""References that travel between tasks: path + digest + counts, small and JSON-serialisable.
+
+Pydantic dataclasses: frozen values that also rebuild themselves (nested, with `Path`s) from plain JSON, which is how
+Prefect stores results. `parents` names the references a result was made from, so lineage needs no database.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRef:
+    """A finished file. `sha256`: 64 hex digits of its content. `num_bytes`: its size."""
+
+    path: Path
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRef:
+    """A folder of images as it was when listed. `digest` covers names, sizes and modification times."""
+
+    path: Path
+    digest: str
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetRef:
+    """Pictures picked by a query. seen = kept + unmatched + rejected."""
+
+    path: Path
+    digest: str
+    query: str
+    num_seen: int
+    num_kept: int
+    num_unmatched: int
+    num_rejected: int
+    rejected: Path
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRef:
+    """A contiguous range [start, stop) of rows: the unit of retry, resume and scheduling.
+
+    `path`: file that lists the rows. `digest`: identity of the rows' content (names, sizes, times).
+    """
+
+    index: int
+    start: int
+    stop: int
+    digest: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataRef:
+    """A metadata JSON (`meta_cap_dd.json`). seen = kept + rejected; `num_empty` of the kept have no tag at all."""
+
+    path: Path
+    sha256: str
+    num_seen: int
+    num_kept: int
+    num_rejected: int
+    num_empty: int
+    rejected: Path
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentShardRef:
+    """A finished latent shard as its ledger tells it. seen = kept + rejected."""
+
+    index: int
+    digest: str
+    ledger: Path
+    num_seen: int
+    num_kept: int
+    num_rejected: int
+    images_per_s: float
+    bound_by: str
+    device: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSetRef:
+    """A whole latent cache: `path` holds the .npz files, `metadata` is meta_lat.json, `fingerprint` its settings."""
+
+    path: Path
+    metadata: FileRef
+    fingerprint: str
+    num_seen: int
+    num_kept: int
+    num_rejected: int
+    mean_ar_error: float
+    buckets: dict[str, int]
+    rejected: Path
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRef:
+    """A trained model as single-file SDXL .safetensors, and the state it can be continued from."""
+
+    file: FileRef
+    state: Path
+    tensorboard: Path
+    samples: tuple[Path, ...]
+    num_steps: int
+    num_images: int
+    final_avr_loss: float
+    parents: tuple[str, ...] = ()
+
+
+def to_json(ref: Any) -> dict[str, Any]:
+    """A reference as plain JSON values (paths as strings)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    result: dict[str, Any] = plain(asdict(ref))
+    return result

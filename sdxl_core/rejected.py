@@ -1,0 +1,47 @@
+"""Nothing vanishes: every picture that is left out keeps its reason, in `rejected.jsonl`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from sdxl_core.files import write_atomic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """One left-out picture. `reason`: one word from docs/rejected.md, e.g. "undecodable"; `detail`: for people."""
+
+    stage: str
+    key: str
+    reason: str
+    detail: str
+
+
+def read_rejected(path: Path) -> list[Rejected]:
+    """The rows of a `rejected.jsonl`, [] where there is no such file."""
+    if not path.exists():
+        return []
+    return [Rejected(**orjson.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def update_rejected(path: Path, stage: str, rows: Iterable[Rejected]) -> int:
+    """Replace one stage's rows in `rejected.jsonl`, keep the other stages' rows. Returns how many it wrote."""
+    others = [row for row in read_rejected(path) if row.stage != stage]
+    new = list(rows)
+    write_atomic(path, (_line(row) for row in others + new))
+    return len(new)
+
+
+def count_reasons(rows: Iterable[Rejected]) -> dict[str, int]:
+    """Rows by reason, most frequent first."""
+    return dict(Counter(row.reason for row in rows).most_common())
+
+
+def _line(row: Rejected) -> bytes:
+    fields = {name: getattr(row, name).encode("utf-8", "replace").decode() for name in Rejected.__slots__}
+    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
