@@ -1,0 +1,147 @@
+"""Device slots: one long-lived spawned process each, pinned to its device, rebuilt when it dies.
+
+A task checks a slot out and runs an importable function there; the function may keep models loaded in module state
+from call to call. Facts behind the design: docs/decisions.md, "Device slots".
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from sdxl_core.errors import ConfigError, SdxlFlowsError, TransientError
+
+T = TypeVar("T")
+
+
+class SlotDied(TransientError):
+    """The slot's process was killed (out of memory, SIGKILL, a crash in a decoder). Safe to retry on a fresh one."""
+
+
+class SlotsClosed(SdxlFlowsError):
+    """The job is being cancelled. Never retried."""
+
+
+def cuda_devices() -> list[str]:
+    """Indices of the CUDA cards this process may use, without importing torch ([] where there is no driver)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(i) for i, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def resolve_devices(devices: str) -> list[str]:
+    """`auto` -> every CUDA card, else one CPU slot; else the comma list as written ("0,1", "cpu,cpu", "0,0").
+
+    Raises: ConfigError: an entry is neither `cpu` nor the number of a card that exists.
+    """
+    cards = cuda_devices()
+    if devices.strip() == "auto":
+        return cards or ["cpu"]
+    names = [name.strip() for name in devices.split(",") if name.strip()]
+    for name in names:
+        if name != "cpu" and name not in cards:
+            raise ConfigError(
+                f"devices = {devices!r}: there is no device {name!r} here (found: {', '.join([*cards, 'cpu'])}). "
+                f"Write auto, or a list such as 0,1 or cpu,cpu."
+            )
+    if not names:
+        raise ConfigError("devices is empty. Write auto, or a list such as 0,1 or cpu,cpu.")
+    return names
+
+
+def _watch_parent() -> None:
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()  # a pipe the parent holds: ends however the parent dies
+        os._exit(113)
+
+
+def _start_slot(device: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+class Slot:
+    """One device and the process that owns it. Not for concurrent calls: check it out from `Slots`."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._pool: ProcessPoolExecutor | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function(*args)` in the slot's process; both must pickle by reference to an importable module.
+
+        Raises: SlotDied: the process was killed; the next call starts a fresh one.   SlotsClosed: after `stop`.
+        """
+        try:
+            with self._lock:
+                if self._closed:
+                    raise SlotsClosed(f"device slot {self.device} is closed: the job is being cancelled.")
+                if self._pool is None:
+                    self._pool = ProcessPoolExecutor(1, mp.get_context("spawn"), _start_slot, (self.device,))
+                future = self._pool.submit(function, *args)
+            return future.result()
+        except BrokenProcessPool as error:
+            closed = self._closed
+            self.stop(closing=closed)
+            if closed:
+                raise SlotsClosed(f"device slot {self.device} is closed: the job is being cancelled.") from error
+            raise SlotDied(
+                f"the process on device {self.device} was killed (out of memory, or a signal). What it had committed "
+                f"is kept; the shard is tried again on a fresh process."
+            ) from error
+
+    def stop(self, *, closing: bool = True) -> None:
+        """Kill the process, busy or not. With `closing`, later calls raise SlotsClosed."""
+        with self._lock:
+            pool, self._pool, self._closed = self._pool, None, closing or self._closed
+        if pool is not None:
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+class Slots:
+    """All slots of a job; a context manager that kills their processes at the end, cancellation included."""
+
+    def __init__(self, devices: list[str]) -> None:
+        self.slots = [Slot(device) for device in devices]
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for slot in self.slots:
+            self._free.put(slot)
+
+    @contextmanager
+    def checkout(self) -> Iterator[Slot]:
+        """Wait for a free slot, and give it back afterwards."""
+        slot = self._free.get()
+        try:
+            yield slot
+        finally:
+            self._free.put(slot)
+
+    def __enter__(self) -> Slots:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for slot in self.slots:
+            slot.stop()
