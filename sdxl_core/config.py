@@ -18,7 +18,7 @@ Extension = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")]
 class Section(BaseModel):
     """Frozen, and strict about names: a misspelt parameter is an error at submit, not a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 class SourceOptions(Section):

@@ -1,0 +1,226 @@
+"""The `sdxl-flows` command. Everything heavy is imported by the command that needs it; Prefect only for a flow."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from sdxl_core import __version__
+from sdxl_core.cli_options import add_options, collect_options, dashes
+from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig, SubsetConfig, TrainConfig
+from sdxl_core.configfile import apply_overrides, check, read_toml
+from sdxl_core.errors import ConfigError, SdxlFlowsError
+
+
+class Stage(NamedTuple):
+    """A stage command: its config, the core function that does it, whether `out` is a run folder, its help line."""
+
+    config: type[BaseModel]
+    function: str
+    in_run_folder: bool
+    help: str
+
+
+STAGES = {
+    "subset": Stage(SubsetConfig, "sdxl_core.dataset.subset:subset", False, "pick pictures by tags and copy them"),
+    "merge-tags": Stage(
+        MergeTagsConfig, "sdxl_core.dataset.metadata:merge_tags", False, "tags and captions of a folder into one JSON"
+    ),
+    "cache-latents": Stage(
+        CacheLatentsConfig, "sdxl_core.latents.cache:cache_latents", True, "encode pictures into bucketed .npz latents"
+    ),
+    "train": Stage(
+        TrainConfig, "sdxl_core.training.launch:launch_training", True, "fine-tune SDXL on the cached latents"
+    ),
+}
+ATTENTION_WORDS = ("xformers", "diffusers-xformers", "mem-eff-attn", "sdpa")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: exit status 0 done, 1 the job failed, 2 a wrong call or config, 130 interrupted."""
+    options = build_parser().parse_args(dashes(sys.argv[1:] if argv is None else argv))
+    try:
+        options.run(options)
+    except SdxlFlowsError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was finished is kept; the same command continues there.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `sdxl-flows … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-flows",
+        description="From pictures with tags to a fine-tuned SDXL checkpoint: subset, merge tags, cache latents, train.",
+        epilog="Every parameter can also stand in a job file (docs/job_file.md) and in the browser form.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sdxl-flows {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", "the whole path on drawn sample pictures, CPU, under 3 minutes", _demo)
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="(default: out/demo)")
+
+    run = _command(commands, "run", "the whole path on your data, as a Prefect flow", _run)
+    run.add_argument("job", type=Path, metavar="JOB.toml")
+    _add_set(run)
+
+    for name, stage in STAGES.items():
+        if name == "train":
+            _add_train(commands, stage)
+            continue
+        command = _command(commands, name, stage.help, _stage, stage=stage, name=name)
+        _add_flow(command)
+        add_options(command, stage.config)
+
+    _command(
+        commands, "doctor", "what is installed, which GPUs, does bitsandbytes work here, what to do if not", _doctor
+    )
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, run: Any, **defaults: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(run=run, **defaults)
+    command.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON on stdout")
+    return command
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a parameter, e.g. --set train.max_train_steps=200; may be given repeatedly",
+    )  # fmt: skip
+
+
+def _add_flow(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--flow", action="store_true", help="run as its Prefect flow (same files, same ledger)")
+
+
+def _add_train(commands: Any, stage: Stage) -> None:
+    command = _command(commands, "train", stage.help, _train, stage=stage, name="train")
+    _add_flow(command)
+    command.add_argument("job", type=Path, nargs="?", metavar="JOB.toml", help="a job file: trains what the job cached")
+    command.add_argument("--config", type=Path, metavar="TRAIN.toml", help="training parameters only")
+    _add_set(command)
+    for word in ATTENTION_WORDS:
+        command.add_argument(f"--{word}", action="store_true", help="accepted: attention is PyTorch's SDPA in any case")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from sdxl_core.demo import demo_job, draw_samples
+
+    source = options.out / "pictures"
+    num_drawn = draw_samples(source)
+    if not options.as_json:
+        print(f"drew {num_drawn} sample pictures -> {source}", flush=True)
+    _run_job(demo_job(source=source, out=options.out), options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    _run_job(_read_job(options), options)
+
+
+def _read_job(options: argparse.Namespace) -> JobConfig:
+    return check(JobConfig, apply_overrides(read_toml(options.job), options.overrides), where=str(options.job))
+
+
+def _run_job(job: JobConfig, options: argparse.Namespace) -> None:
+    flows_cli().run_job(job, as_json=options.as_json)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    values = collect_options(options, options.stage.config)
+    _run_stage(check(options.stage.config, values, where=f"sdxl-flows {options.name}"), options)
+
+
+def _train(options: argparse.Namespace) -> None:
+    if (options.job is None) == (options.config is None):
+        raise ConfigError("sdxl-flows train: name either a job file (train JOB.toml) or --config TRAIN.toml.")
+    for word in ATTENTION_WORDS:
+        if getattr(options, word.replace("-", "_")):
+            print(f"--{word}: noted. Attention is PyTorch's scaled_dot_product_attention, which picks the fastest "
+                  f"kernel for the card by itself; nothing else needs to be installed.", file=sys.stderr)  # fmt: skip
+    if options.config is None:
+        config = _read_job(options).train_config()
+    else:
+        values = apply_overrides(read_toml(options.config), options.overrides)
+        config = check(TrainConfig, values, where=str(options.config))
+    _run_stage(config, options)
+
+
+def _run_stage(config: Any, options: argparse.Namespace) -> None:
+    if options.flow:
+        flows_cli().run_stage(options.name, config, as_json=options.as_json)
+        return
+    from sdxl_core.progress import terminal_progress
+    from sdxl_core.run_record import record_stage
+
+    module, _, function = options.stage.function.partition(":")
+    with terminal_progress() as progress:
+        ref = getattr(import_module(module), function)(config, progress=progress)
+    if options.stage.in_run_folder:
+        record_stage(config.out, options.name, config, ref)
+    print_result(ref, as_json=options.as_json)
+
+
+def print_result(ref: Any, *, as_json: bool) -> None:
+    """One line for people, or the reference as JSON."""
+    import orjson
+
+    from sdxl_core.refs import LatentSetRef, to_json
+    from sdxl_core.summary import describe
+
+    if as_json:
+        print(orjson.dumps(to_json(ref), option=orjson.OPT_INDENT_2).decode())
+        return
+    if isinstance(ref, LatentSetRef):
+        from sdxl_core.latents.report import bucket_histogram_text
+
+        print(bucket_histogram_text(ref))
+    print(describe(ref))
+
+
+def flows_cli() -> Any:
+    """`flows.cli`, imported only when a flow is asked for; our own `flows`, not somebody else's package.
+
+    Raises: ConfigError: Prefect is not installed, or another package called flows or tasks hides ours.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for package in ("flows", "tasks"):
+        found = import_module(package).__file__
+        if found is None or Path(found).resolve().parent.parent != home:
+            raise ConfigError(
+                f"the Python package {package!r} at {found} hides the one of sdxl-flows in {home}. "
+                f"Remove that folder from PYTHONPATH (or rename it) and run the command again."
+            )
+    try:
+        return import_module("flows.cli")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "prefect":
+            raise
+        raise ConfigError(
+            "this command runs a Prefect flow and Prefect is not installed here. Install it (pip install prefect "
+            "'fastapi<0.151'), or use the stage commands without --flow: they need no Prefect."
+        ) from error
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from sdxl_core.doctor import run_doctor
+
+    sys.exit(run_doctor(as_json=options.as_json))
+
+
+if __name__ == "__main__":
+    main()

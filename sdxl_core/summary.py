@@ -1,0 +1,59 @@
+"""What a stage says when it is done: one readable line a result, the same in terminal, browser and log."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+from sdxl_core.refs import CheckpointRef, LatentSetRef, MetadataRef, SubsetRef
+from sdxl_core.rejected import count_reasons, read_rejected
+
+
+@singledispatch
+def describe(ref: Any) -> str:
+    """One line about a result reference."""
+    return str(ref)
+
+
+@describe.register
+def _(ref: SubsetRef) -> str:
+    unmatched = f", {ref.num_unmatched} did not match" if ref.num_unmatched else ""
+    return (
+        f"subset: kept {ref.num_kept} of {ref.num_seen} pictures{unmatched}"
+        f"{rejected_text(ref.rejected, 'subset', ref.num_rejected)} -> {ref.path}"
+    )
+
+
+@describe.register
+def _(ref: MetadataRef) -> str:
+    empty = f", {ref.num_empty} with empty text" if ref.num_empty else ""
+    return (
+        f"merge:  kept {ref.num_kept} of {ref.num_seen} pictures{empty}"
+        f"{rejected_text(ref.rejected, 'merge', ref.num_rejected)} -> {ref.path}"
+    )
+
+
+@describe.register
+def _(ref: LatentSetRef) -> str:
+    return (
+        f"latents: kept {ref.num_kept} of {ref.num_seen} pictures"
+        f"{rejected_text(ref.rejected, 'latents', ref.num_rejected)}, {len(ref.buckets)} buckets, "
+        f"mean aspect-ratio error {ref.mean_ar_error:.4f} -> {ref.path}"
+    )
+
+
+@describe.register
+def _(ref: CheckpointRef) -> str:
+    return (
+        f"train:  {ref.num_steps} steps on {ref.num_images} pictures, avr_loss {ref.final_avr_loss:.4f} -> "
+        f"{ref.file.path} ({ref.file.num_bytes / 1e6:.1f} MB), {len(ref.samples)} preview pictures"
+    )
+
+
+def rejected_text(path: Path, stage: str, num_rejected: int) -> str:
+    """` (2 rejected: 1 no_caption, 1 undecodable)`, or nothing."""
+    if not num_rejected:
+        return ""
+    reasons = count_reasons(row for row in read_rejected(path) if row.stage == stage)
+    return f" ({num_rejected} rejected: {', '.join(f'{count} {reason}' for reason, count in reasons.items())})"
