@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="sdxl-flows",
-        description="From pictures with tags to a fine-tuned SDXL checkpoint: subset, merge tags, cache latents, train.",
+        description="From pictures with tags to a fine-tuned SDXL checkpoint.",
         epilog="Every parameter can also stand in a job file (docs/job_file.md) and in the browser form.",
         allow_abbrev=False,
     )
@@ -90,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, text: str, run: Any, **defaults: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+def _command(commands: Any, word: str, text: str, run: Any, **defaults: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(word, help=text, description=text, allow_abbrev=False)
     command.set_defaults(run=run, **defaults)
     command.add_argument("--json", action="store_true", dest="as_json", help="print the result as JSON on stdout")
     return command

@@ -26,12 +26,14 @@ def dashes(argv: Sequence[str]) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     """One option a field: `--field-name VALUE`, `--flag/--no-flag` for a switch; lists may be given repeatedly."""
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         kind = _plain_type(field.annotation)
         option = "--" + name.replace("_", "-")
         text = (field.description or field.title or name).replace("%", "%%") + _default_text(field)
         shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if kind is bool:
+        if kind is bool and name.startswith("no_"):
+            parser.add_argument(option, action="store_true", **shared)
+        elif kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, **shared)
         elif get_origin(kind) is list:
             parser.add_argument(option, action="append", metavar="TEXT", **shared)
