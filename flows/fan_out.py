@@ -1,0 +1,42 @@
+"""Map a task over shards with a bound on how many are under way, and say what failed only when all have ended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from prefect.futures import PrefectFuture
+
+from sdxl_core.errors import SdxlFlowsError, ShardError
+
+T = TypeVar("T")
+
+
+def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, limit: int) -> list[T]:
+    """`submit` every shard, at most `limit` at a time; results in the order of the shards.
+
+    One failed shard does not keep the others from finishing.
+    Raises: the failure itself where it is the only kind; ShardError naming every failed shard where several differ.
+    """
+    free = threading.Semaphore(limit)
+    futures = []
+    for shard in shards:
+        free.acquire()
+        future = submit(shard)
+        future.add_done_callback(lambda _: free.release())
+        futures.append(future)
+    results: list[T] = []
+    failures: dict[int, BaseException] = {}
+    for number, future in enumerate(futures):
+        try:
+            results.append(future.result())
+        except SdxlFlowsError as error:
+            failures[number] = error
+    if failures:
+        first = next(iter(failures.values()))
+        if len({str(error) for error in failures.values()}) == 1:
+            raise first
+        text = "\n".join(f"  shard {number}: {error}" for number, error in failures.items())
+        raise ShardError(f"{len(failures)} of {len(futures)} shards failed; the others are finished and kept:\n{text}")
+    return results
