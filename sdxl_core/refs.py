@@ -120,6 +120,16 @@ class CheckpointRef:
     parents: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRef:
+    """A finished run: `path` is its run.json, `report` a page to look at."""
+
+    path: Path
+    sha256: str
+    checkpoint: Path
+    report: Path
+
+
 def to_json(ref: Any) -> dict[str, Any]:
     """A reference as plain JSON values (paths as strings)."""
 

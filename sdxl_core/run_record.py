@@ -12,8 +12,13 @@ import orjson
 from pydantic import BaseModel
 
 from sdxl_core import __version__
-from sdxl_core.files import write_atomic
-from sdxl_core.refs import to_json
+from sdxl_core.config import JobConfig
+from sdxl_core.errors import DataError
+from sdxl_core.files import sha256_file, write_atomic
+from sdxl_core.refs import RunRef, to_json
+from sdxl_core.rejected import read_rejected, update_rejected
+from sdxl_core.report import write_report
+from sdxl_core.summary import describe
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy", "prefect")
 
@@ -30,14 +35,53 @@ def versions() -> dict[str, str]:
 
 
 def record_stage(out: Path, stage: str, config: BaseModel, ref: Any) -> None:
-    """Set one stage's entry in `out/run.json`, keep the others. An unchanged entry keeps its time."""
+    """Set one stage's entry in `out/run.json`, keep the others. An unchanged entry keeps its time.
+
+    What the stage rejected into a list of its own is copied into `out/rejected.jsonl`.
+    """
     path = out / "run.json"
+    _copy_rejected(out / "rejected.jsonl", ref)
     record = read_run_record(path)
-    entry = {"config": config.model_dump(mode="json"), "result": to_json(ref), "versions": versions()}
+    entry = {
+        "summary": describe(ref),
+        "config": config.model_dump(mode="json"),
+        "result": to_json(ref),
+        "versions": versions(),
+    }
     old = record["stages"].get(stage, {})
     if {key: value for key, value in old.items() if key != "finished"} == entry:
         return
     record["stages"][stage] = entry | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    _write(path, record)
+
+
+def finish_run(job: JobConfig) -> RunRef:
+    """Record the job's resolved config and draw the report: the last step of a whole run.
+
+    Raises: DataError: a stage has left no entry in `run.json`.
+    """
+    path = job.out / "run.json"
+    record = read_run_record(path)
+    if "train" not in record["stages"]:
+        raise DataError(f"{path}: holds no finished training. Run the job again; finished stages are not redone.")
+    config = job.model_dump(mode="json")
+    if record.get("job") != config:
+        _write(path, record | {"job": config})
+    report = write_report(job.out)
+    checkpoint = Path(record["stages"]["train"]["result"]["file"]["path"])
+    return RunRef(path=path, sha256=sha256_file(path), checkpoint=checkpoint, report=report)
+
+
+def _copy_rejected(path: Path, ref: Any) -> None:
+    source: Path | None = getattr(ref, "rejected", None)
+    if source is None or not source.exists() or source.resolve() == path.resolve():
+        return
+    rows = read_rejected(source)
+    for stage in {row.stage for row in rows}:
+        update_rejected(path, stage, [row for row in rows if row.stage == stage])
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
     write_atomic(path, orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 

@@ -1,0 +1,52 @@
+"""What `sdxl-flows` does when a flow is asked for. Imported only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from flows.cache_latents import cache_latents
+from flows.finetune import finetune
+from flows.merge_tags import merge_tags
+from flows.pipeline import pipeline
+from flows.subset import subset
+from sdxl_core.cli import print_result
+from sdxl_core.config import JobConfig
+from sdxl_core.refs import RunRef
+from sdxl_core.run_record import read_run_record, record_stage
+
+STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
+    "subset": subset,
+    "merge-tags": merge_tags,
+    "cache-latents": cache_latents,
+    "train": finetune,
+}
+
+
+def run_stage(name: str, config: Any, *, as_json: bool) -> None:
+    """Run one stage as its flow and print its result."""
+    ref = STAGE_FLOWS[name](config)
+    if name in ("cache-latents", "train"):
+        record_stage(config.out, name, config, ref)
+    print_result(ref, as_json=as_json)
+
+
+def run_job(job: JobConfig, *, as_json: bool) -> None:
+    """Run the whole path and say what it left."""
+    run: RunRef = pipeline(job)
+    if as_json:
+        print(orjson.dumps(read_run_record(run.path), option=orjson.OPT_INDENT_2).decode())
+        return
+    print()
+    for line in summary_lines(run.path):
+        print(line)
+    print(f"look:   {run.report}")
+    print(f"curves: tensorboard --logdir {job.out / 'tensorboard'}")
+
+
+def summary_lines(path: Path) -> list[str]:
+    """What every stage of a run said, from its record."""
+    return [stage["summary"] for stage in read_run_record(path)["stages"].values()]

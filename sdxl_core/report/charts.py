@@ -1,0 +1,78 @@
+"""Charts as inline SVG: no plotting library, nothing to fetch, sharp at any size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 760, 260
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
+COLOURS = ("#9db4c8", "#c8553d", "#30638e", "#edae49")
+
+
+def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) that span [low, high]."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next((factor for factor in (1, 2, 5, 10) if factor * power >= raw), 10)
+    first = math.floor(low / step)
+    return [step * number for number in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str) -> str:
+    """Lines over shared axes. series: name -> (x, y) points; non-finite points are left out. Returns an <svg>."""
+    lines = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return "<p>no values yet</p>"
+    x_ticks = nice_ticks(min(x for x, _ in points), max(x for x, _ in points))
+    y_ticks = nice_ticks(min(y for _, y in points), max(y for _, y in points))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_frame(f"{y_label} over {x_label}")]
+    for tick in y_ticks:
+        _, y = place(x_ticks[0], tick)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dde3e8"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for tick in x_ticks:
+        x, _ = place(tick, y_ticks[0])
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:.6g}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        colour = COLOURS[number % len(COLOURS)]
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{1 + number}"/>')
+        at = LEFT + 12 + 130 * number
+        parts.append(
+            f'<line x1="{at}" x2="{at + 22}" y1="{TOP + 6}" y2="{TOP + 6}" stroke="{colour}" stroke-width="3"/>'
+        )
+        parts.append(f'<text x="{at + 28}" y="{TOP + 10}">{escape(name)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def bar_chart(bars: Mapping[str, int]) -> str:
+    """Horizontal bars with their numbers, in the order given. Returns an <svg>."""
+    row, most = 22, max(bars.values(), default=1)
+    height = row * len(bars) + 10
+    parts = [_frame("histogram", height)]
+    for number, (name, count) in enumerate(bars.items()):
+        y = 6 + row * number
+        width = max(1.0, (WIDTH - 190) * count / most)
+        parts.append(f'<text x="112" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect x="120" y="{y + 2}" width="{width:.1f}" height="{row - 6}" fill="{COLOURS[2]}" rx="2"/>')
+        parts.append(f'<text x="{126 + width:.1f}" y="{y + 14}">{count}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _frame(label: str, height: int = HEIGHT) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '
+        f'aria-label="{escape(label)}" font-family="system-ui, sans-serif" font-size="12" fill="#33404a">'
+    )
