@@ -1,0 +1,58 @@
+"""Files exist whole or not at all."""
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdxl_core.errors import DataError, DiskFullError
+from sdxl_core.files import digest_of, disk_errors, sync_files, write_atomic
+from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
+
+
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "file.json"
+    write_atomic(path, b"old")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(path, pieces())
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_full_disk_says_that_finished_work_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="continues where it stopped"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be written"), disk_errors(tmp_path / "x"):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_syncing_a_group_keeps_the_content(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "f" for name in "ab"]
+    for path in paths:
+        write_atomic(path, path.parent.name.encode(), sync=False)
+    sync_files(paths)
+    assert [path.read_bytes() for path in paths] == [b"a", b"b"]
+
+
+def test_a_digest_cannot_run_its_parts_together() -> None:
+    assert digest_of("ab", "c") != digest_of("a", "bc")
+
+
+def test_a_stage_replaces_only_its_own_rejections(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    row = Rejected(stage="merge", key="a", reason="no_caption", detail="a.txt is missing")
+    update_rejected(path, "merge", [row])
+    update_rejected(path, "latents", [Rejected(stage="latents", key="b", reason="undecodable", detail="cut")])
+    update_rejected(path, "merge", [row, row])
+    assert count_reasons(read_rejected(path)) == {"no_caption": 2, "undecodable": 1}
+    update_rejected(path, "merge", [])
+    assert [row.stage for row in read_rejected(path)] == ["latents"]
