@@ -1,0 +1,141 @@
+"""The flows, in Prefect's own test server: the whole path, what a second run does, what a killed process does."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig
+from sdxl_core.demo import demo_job
+from sdxl_core.devices import Slot
+from sdxl_core.errors import ConfigError
+from sdxl_core.rejected import read_rejected
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def job(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
+    """The demo's job, smaller: 128 px, four steps."""
+    values = demo_job(source=pictures, out=tmp_path_factory.mktemp("job") / "run").model_dump()
+    values["latents"] |= {"resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256}
+    values["train"] |= {"max_train_steps": 4, "save_every_steps": 2, "sample_size_px": 64, "sample_inference_steps": 2}
+    return JobConfig.model_validate(values)
+
+
+def task_states(flow_run_name: str) -> Counter[str]:
+    """`task name: state name` counts of the newest run of a flow, once the server has caught up."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(
+            flow_filter=FlowFilter(name={"any_": [flow_run_name]}), sort=FlowRunSort.START_TIME_DESC, limit=1
+        )
+        for _ in range(60):
+            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [newest[0].id]}))
+            if runs and all(run.state is not None and run.state.is_final() for run in runs):
+                break
+            time.sleep(0.5)
+    return Counter(f"{run.name.rsplit('-', 1)[0]}: {run.state_name}" for run in runs)
+
+
+def files_below(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: JobConfig) -> None:
+    from flows.pipeline import pipeline
+
+    run = pipeline(job)
+    out = job.out
+    for name in ("meta_cap_dd.json", "meta_lat.json", "model/last.safetensors", "run.json", "report.html"):
+        assert (out / name).is_file(), name
+    assert list(out.glob("tensorboard/**/events.out.tfevents.*")) and list(out.glob("samples/*.png"))
+    metadata = json.loads((out / "meta_lat.json").read_text())
+    assert all((out / "latents" / f"{key}.npz").is_file() for key in metadata)
+
+    record = json.loads((out / "run.json").read_text())
+    latents, merged = record["stages"]["cache-latents"]["result"], record["stages"]["merge-tags"]["result"]
+    assert latents["num_kept"] + latents["num_rejected"] == latents["num_seen"] == merged["num_kept"]
+    assert latents["num_kept"] == len(metadata)
+    subset = record["stages"]["subset"]["result"]
+    assert subset["num_seen"] == 51 == subset["num_kept"] + subset["num_unmatched"] + subset["num_rejected"]
+    reasons = {row.key: row.reason for row in read_rejected(out / "rejected.jsonl")}
+    assert reasons == {"zz_no_text": "no_caption", "zz_cut": "undecodable", "zz_small": "too_small"}
+
+    before = files_below(out)
+    shutil.rmtree(out / "subset" / "nothing", ignore_errors=True)
+    assert pipeline(job) == run
+    assert {k: v for k, v in files_below(out).items() if ".lock" not in k} == {
+        k: v for k, v in before.items() if ".lock" not in k
+    }
+    states = task_states("cache-latents")
+    assert states["encode-shard: Cached"] > 0 and states["encode-shard: Completed"] == 0
+
+
+def test_a_cached_shard_whose_latents_are_gone_is_redone(job: JobConfig) -> None:
+    from flows.cache_latents import cache_latents
+
+    config = job.latents_config(job.out / "subset")
+    latents = job.out / "latents"
+    victim = sorted(latents.glob("*.npz"))[0]
+    whole = victim.read_bytes()
+    victim.unlink()
+    cache_latents(config)
+    assert victim.read_bytes() == whole
+    assert task_states("cache-latents")["encode-shard: Completed"] == 1
+
+
+def test_a_killed_slot_costs_a_retry_not_the_run(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.cache_latents import cache_latents
+    from flows.merge_tags import merge_tags
+    from tasks.latents import encode_shard
+
+    monkeypatch.setattr(encode_shard, "retry_delay_seconds", [0.1, 0.1, 0.1])
+    merge_tags(MergeTagsConfig(source=pictures, out=tmp_path / "meta_cap_dd.json"))
+    config = CacheLatentsConfig(
+        source=pictures, metadata=tmp_path / "meta_cap_dd.json", out=tmp_path, resolution_px=128, min_bucket_px=64,
+        max_bucket_px=256, shard_size=25, commit_size=4, devices="cpu",
+    )  # fmt: skip
+    killed: list[int] = []
+    run_in_slot = Slot.run
+
+    def run_and_kill_once(slot: Slot, function: Any, *arguments: Any) -> Any:
+        if not killed:
+            pid = run_in_slot(slot, os.getpid)
+            killed.append(pid)
+            threading.Thread(target=kill_when_committed, args=(pid,)).start()
+        return run_in_slot(slot, function, *arguments)
+
+    def kill_when_committed(pid: int) -> None:
+        while not any((tmp_path / "latents").glob("*.npz")):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Slot, "run", run_and_kill_once)
+    ref = cache_latents(config)
+    assert killed and ref.num_kept == 48 and ref.num_rejected == 2
+    assert len(list((tmp_path / "latents").glob("*.npz"))) == 48
+
+
+def test_a_mistake_is_told_once_and_not_retried(pictures: Path, tmp_path: Path) -> None:
+    from flows.merge_tags import merge_tags
+
+    with pytest.raises(ConfigError, match="nowhere"):
+        merge_tags(MergeTagsConfig(source=pictures / "nowhere", out=tmp_path / "m.json"))
+    assert task_states("merge-tags") == {"plan-merge: Failed": 1} or sum(task_states("merge-tags").values()) == 1
