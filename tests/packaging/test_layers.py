@@ -78,3 +78,17 @@ def test_a_flow_without_prefect_is_explained(without_prefect: dict[str, str], tm
 def test_doctor_tells_that_prefect_is_missing(without_prefect: dict[str, str], tmp_path: Path) -> None:
     done = run(without_prefect, tmp_path, "doctor")
     assert "stage commands work, flows (demo, run, --flow) do not" in done.stdout
+
+
+def test_the_core_imports_on_windows_too() -> None:
+    """No module of the core needs a Unix-only module just to be imported."""
+    unix_only = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "posix"}
+    needed = {
+        f"{path.relative_to(ROOT)} imports {alias.name}"
+        for path in (ROOT / "sdxl_core").rglob("*.py")
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name in unix_only
+    }
+    assert not needed
