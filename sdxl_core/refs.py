@@ -75,6 +75,20 @@ class MetadataRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeShardRef:
+    """A finished merge shard: `path` is its fragment of the JSON. seen = kept + rejected."""
+
+    index: int
+    digest: str
+    path: Path
+    rejected: Path
+    num_seen: int
+    num_kept: int
+    num_rejected: int
+    num_empty: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatentShardRef:
     """A finished latent shard as its ledger tells it. seen = kept + rejected."""
 

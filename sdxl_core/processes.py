@@ -1,0 +1,53 @@
+"""Child processes that can be found again, ended as a group and never confused with a stranger's reused pid."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+
+def process_start(pid: int) -> str | None:
+    """When process `pid` started, as an opaque text that changes if the pid is reused; None where it is gone.
+
+    Linux: the start time in clock ticks since boot (proc(5), field 22); a zombie counts as gone. Elsewhere: "" for a
+    process that exists.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return None
+    except ProcessLookupError:
+        return None
+    else:
+        return None if fields[0] in "ZX" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return ""
+    return ""
+
+
+def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str], *, grace_s: float) -> None:
+    """SIGTERM to a child's process group, SIGKILL to what is left of it after `grace_s` seconds.
+
+    The child must have been started with `start_new_session=True`.
+    """
+    _signal_group(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _signal_group(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return
