@@ -1,0 +1,231 @@
+"""meta_cap_dd.json: byte-identical to what sd-scripts writes, whatever the shards; nothing vanishes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdxl_core.config import MergeTagsConfig
+from sdxl_core.dataset import text as text_module
+from sdxl_core.dataset.metadata import merge_tags, plan_merge, read_metadata
+from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.refs import MetadataRef
+from sdxl_core.rejected import read_rejected
+
+EXTENSIONS = [".png", ".jpg", ".jpeg", ".webp", ".bmp"]
+
+
+def as_sd_scripts(folder: Path, *, full_path: bool, recursive: bool) -> str:
+    """The reference: captions merged first, then tags, one file at a time, dumped once (its documented behaviour)."""
+    found: set[Path] = set()
+    for extension in EXTENSIONS + [extension.upper() for extension in EXTENSIONS]:
+        found.update(folder.rglob("*" + extension) if recursive else folder.glob("*" + extension))
+    metadata: dict[str, dict[str, str]] = {}
+    for field, extension in (("caption", ".caption"), ("tags", ".txt")):
+        for image in sorted(found):
+            source = image.with_suffix(extension)
+            if source.exists():
+                key = str(image) if full_path else image.stem
+                metadata.setdefault(key, {})[field] = source.read_text("utf-8").strip()
+    order = [str(image) if full_path else image.stem for image in sorted(found)]
+    return json.dumps({key: metadata[key] for key in order if key in metadata}, indent=2)
+
+
+def make(folder: Path, files: dict[str, str | None]) -> Path:
+    """Pictures (never opened by merging) and their texts; None: a picture without text."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"picture")
+        if text is not None:
+            path.with_suffix(".txt").write_bytes(text.encode())
+    return folder
+
+
+def merge(folder: Path, out: Path, **options: Any) -> MetadataRef:
+    return merge_tags(MergeTagsConfig(source=folder, out=out, **options))
+
+
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cc"]), min_size=1, max_size=12
+)
+stems = names.filter(lambda name: name not in (".", "..") and len(name.encode()) < 100 and name == name.strip("."))
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_size=40)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    collection=st.dictionaries(stems, st.tuples(st.sampled_from(EXTENSIONS), texts), min_size=1, max_size=12),
+    num_shards=st.integers(1, 5),
+    full_path=st.booleans(),
+)
+def test_a_flat_folder_gives_the_bytes_of_sd_scripts(
+    tmp_path_factory: pytest.TempPathFactory,
+    collection: dict[str, tuple[str, str]],
+    num_shards: int,
+    full_path: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("flat")
+    make(folder / "in", {stem + extension: text for stem, (extension, text) in collection.items()})
+    options = {"key_style": "full_path" if full_path else "relative", "recursive": False, "num_shards": num_shards}
+    merge(folder / "in", folder / "out.json", **options)
+    expected = as_sd_scripts(folder / "in", full_path=full_path, recursive=False)
+    assert (folder / "out.json").read_bytes() == expected.encode("ascii")
+
+
+NESTED = {
+    "b/2.PNG": "tag with \"quotes\" and \\ backslash",
+    "b-c/1.jpg": "日本語, ünïcode, \U0001f600",
+    "b/a/3.webp": "line one\r\nline two\rline three\n",
+    "1.png": "",
+    ".hidden.png": "1girl",
+    "b/with.dots.bmp": "  stripped  ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 6, 50])
+def test_nested_folders_with_full_path_keys_give_the_bytes_of_sd_scripts(tmp_path: Path, num_shards: int) -> None:
+    folder = make(tmp_path / "in", NESTED)
+    (folder / "b" / "2.caption").write_text("A picture.\n")
+    ref = merge(folder, tmp_path / "out.json", key_style="full_path", num_shards=num_shards)
+    assert (tmp_path / "out.json").read_text() == as_sd_scripts(folder, full_path=True, recursive=True)
+    assert (ref.num_seen, ref.num_kept, ref.num_empty) == (6, 6, 1)
+
+
+def test_relative_keys_name_the_path_below_the_source(tmp_path: Path) -> None:
+    merge(make(tmp_path / "in", NESTED), tmp_path / "out.json")
+    keys = list(read_metadata(tmp_path / "out.json"))
+    assert keys == [".hidden", "1", "b/2", "b/a/3", "b/with.dots", "b-c/1"]
+
+
+def test_whatever_cannot_be_used_is_in_the_rejected_list(tmp_path: Path) -> None:
+    folder = make(
+        tmp_path / "in", {"ok.png": "1girl", "none.png": None, "latin.png": "x", "nul.png": "x", "big.png": "x"}
+    )
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    (folder / "nul.txt").write_bytes(b"1girl\0\0")
+    (folder / "big.txt").write_bytes(b"a" * (text_module.MAX_TEXT_BYTES + 1))
+    (folder / "ok.jpg").write_bytes(b"the same stem")
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    ref = merge(folder, tmp_path / "run" / "out.json")
+    rows = {row.key: row.reason for row in read_rejected(ref.rejected)}
+    assert rows == {
+        "none": "no_caption",
+        "latin": "unreadable_text",
+        "nul": "unreadable_text",
+        "big": "text_too_long",
+        "ok.png": "duplicate_key",
+        "\\udcff.png": "bad_file_name",
+    }
+    assert ref.num_kept + ref.num_rejected == ref.num_seen == 7
+    assert json.loads((tmp_path / "run" / "out.json").read_text()) == {"ok": {"tags": "1girl"}}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_tag(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "x"})
+    (folder / "a.txt").write_bytes(b"\xef\xbb\xbf1girl")
+    merge(folder, tmp_path / "out.json")
+    assert read_metadata(tmp_path / "out.json") == {"a": {"tags": "1girl"}}
+
+
+def test_empty_texts_are_kept_or_rejected_as_asked(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "", "b.png": "1girl"})
+    assert merge(folder, tmp_path / "keep.json").num_empty == 1
+    ref = merge(folder, tmp_path / "reject.json", empty_tags="reject")
+    assert (ref.num_kept, ref.num_rejected) == (1, 1)
+
+
+def test_a_second_run_reads_no_text_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "in", NESTED)
+    first = merge(folder, tmp_path / "out.json")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    def no_reading(path: Path | str) -> str:
+        raise AssertionError(f"read {path}")
+
+    monkeypatch.setattr("sdxl_core.dataset.metadata.read_text", no_reading)
+    assert merge(folder, tmp_path / "out.json") == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_changed_text_is_read_again_and_old_work_goes(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one", "b.png": "two"})
+    merge(folder, tmp_path / "out.json", num_shards=2)
+    (folder / "b.txt").write_text("changed")
+    merge(folder, tmp_path / "out.json", num_shards=2)
+    assert read_metadata(tmp_path / "out.json")["b"] == {"tags": "changed"}
+    assert len(list((tmp_path / ".out.json.work").glob("*.fragment"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("make_source", "error", "words"),
+    [
+        (lambda folder: None, ConfigError, "does not exist"),
+        (lambda folder: folder.write_bytes(b""), ConfigError, "is a file"),
+        (lambda folder: folder.mkdir(), DataError, "no pictures"),
+        (lambda folder: make(folder, {"a.png": None}), DataError, "1 no_caption"),
+    ],
+)
+def test_a_source_without_use_is_told(tmp_path: Path, make_source: Any, error: type, words: str) -> None:
+    make_source(tmp_path / "in")
+    with pytest.raises(error, match=words):
+        merge(tmp_path / "in", tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_loop_of_links_ends(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a/1.png": "1girl"})
+    (folder / "a" / "back").symlink_to(folder)
+    assert merge(folder, tmp_path / "out.json").num_kept == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[]", "holds a list"),
+        (b"{}", "holds no picture"),
+        (b'{"a": 3}', "entry of 'a' is int"),
+        (b'{"a": {"tags": 3}}', "tags that is not a text"),
+        (b'{"a": {"train_resolution": [3]}}', "train_resolution"),
+        (b"\x89PNG", "not valid JSON"),
+    ],
+)
+def test_a_json_that_is_not_metadata_is_told(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "m.json").write_bytes(content)
+    with pytest.raises(DataError, match=words) as caught:
+        read_metadata(tmp_path / "m.json")
+    assert "m.json" in str(caught.value)
+
+
+def test_a_merge_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    folder = make(tmp_path / "in", {f"{n:04}.png": f"tag {n}, 1girl" for n in range(1500)})
+    expected = as_sd_scripts(folder, full_path=False, recursive=False)
+    config = MergeTagsConfig(source=folder, out=tmp_path / "out.json", num_shards=40)
+    code = (
+        "import sys; from sdxl_core.config import MergeTagsConfig; from sdxl_core.dataset.metadata import merge_tags\n"
+        "print('go', flush=True); merge_tags(MergeTagsConfig.model_validate_json(sys.argv[1]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    for _ in range(8):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, config.model_dump_json()], env=environment, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"go\n"
+            time.sleep(rng.uniform(0, 0.25))
+            process.send_signal(signal.SIGKILL)
+        if (tmp_path / "out.json").exists():
+            assert (tmp_path / "out.json").read_text() == expected
+    assert merge_tags(config).num_kept == 1500
+    assert (tmp_path / "out.json").read_text() == expected
+    assert len(plan_merge(config)) == 40
