@@ -1,0 +1,27 @@
+"""Component configs that ship with the package: `sdxl` as the official base 1.0 has them, `tiny` for a laptop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, get_args
+
+import orjson
+
+Preset = Literal["sdxl", "tiny"]
+Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "scheduler"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+MODEL_COMPONENTS: tuple[Component, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
+
+
+@cache
+def _read(preset: str, component: str) -> Mapping[str, Any]:
+    data = files("sdxl_core.models").joinpath("configs", preset, f"{component}.json").read_bytes()
+    config: dict[str, Any] = orjson.loads(data)
+    return config
+
+
+def component_config(preset: Preset, component: Component) -> dict[str, Any]:
+    """A component's constructor arguments, as diffusers and transformers name them. A fresh dict each time."""
+    return dict(_read(preset, component))
