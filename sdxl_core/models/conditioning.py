@@ -22,9 +22,7 @@ def encode_prompts(text_encoder: Any, text_encoder_2: Any, token_ids: TokenIds) 
     hidden_1, _ = _hidden_states(text_encoder, token_ids.clip_l)
     hidden_2, last_2 = _hidden_states(text_encoder_2, token_ids.clip_g)
     num_captions, num_chunks, _ = token_ids.clip_g.shape
-    prompt_embeds = torch.cat(
-        [_join_chunks(hidden, num_captions, num_chunks) for hidden in (hidden_1, hidden_2)], dim=-1
-    )
+    joined = [_join_chunks(hidden, num_captions, num_chunks) for hidden in (hidden_1, hidden_2)]
     first_chunks = last_2[::num_chunks]
     end = (token_ids.clip_g[:, 0] == EOS).int().argmax(dim=-1)
     pooled = first_chunks[torch.arange(num_captions, device=end.device), end]

@@ -51,7 +51,7 @@ def load_models(
     """
     wanted: list[Component] = [part for part in MODEL_COMPONENTS if part in parts]
     if base_model == TINY:
-        modules = {part: _random_module(part, seed).to(dtype) for part in wanted}
+        modules = {part: _random_module(part, seed, dtype) for part in wanted}
         return SdxlModels(preset="tiny", **modules)
     path = Path(base_model)
     if path.is_dir():
@@ -68,7 +68,7 @@ def load_vae(vae: str, *, dtype: torch.dtype) -> Any:
     Raises: ConfigError, CheckpointError.
     """
     if vae == TINY:
-        return _random_module("vae", 0).to(dtype)
+        return _random_module("vae", 0, dtype)
     preset, state = _vae_state(vae)
     return _fill("vae", preset, state, dtype, vae)
 
@@ -78,12 +78,12 @@ def vae_fingerprint(vae: str) -> str:
 
     Covers name, dtype, shape and bytes. Raises: ConfigError, CheckpointError.
     """
-    state = _random_module("vae", 0).state_dict() if vae == TINY else _vae_state(vae)[1]
+    state = _random_module("vae", 0, torch.float32).state_dict() if vae == TINY else _vae_state(vae)[1]
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key]
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -159,7 +159,7 @@ def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> S
     preset = next((p for p in PRESETS if component_config(p, "unet")["block_out_channels"][0] == width), None)
     if preset is None or "add_embedding.linear_1.weight" not in unet:
         raise CheckpointError(f"{folder / 'unet'}: not SDXL's U-Net. Name a diffusers folder of an SDXL model.")
-    modules = {}
+    modules: dict[Component, Any] = {}
     for part in wanted:
         if part == "vae":
             modules[part] = load_vae(str(_subfolder(folder, part)), dtype=dtype)
@@ -190,10 +190,13 @@ def _new_module(part: Component, preset: Preset) -> Any:
     return getattr(transformers, name)(transformers.CLIPTextConfig(**config))
 
 
-def _random_module(part: Component, seed: int) -> Any:
+def _random_module(part: Component, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * len(MODEL_COMPONENTS) + MODEL_COMPONENTS.index(part))
-        return _new_module(part, "tiny").eval()
+        module = _new_module(part, "tiny").eval()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _fill(part: Component, preset: Preset, state: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Any:

@@ -73,9 +73,7 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype, precision: str) -> Tenso
             advice = "It is too large for this precision: set save_precision = bf16 or fp32."
         else:
             advice = "Training has diverged: continue from an earlier state with a smaller learning rate."
-        raise CheckpointError(
-            f"{key} holds values that are not finite in {precision}, so nothing was written. {advice}"
-        )
+        raise CheckpointError(f"{key} holds values that are not finite in {precision}; nothing was written. {advice}")
     return cast
 
 

@@ -35,8 +35,8 @@ class WeightFile(Mapping[str, Tensor]):
         self.path = path
         _refuse_foreign(path)
         try:
-            self._file: Any = safe_open(path, framework="pt")
-            self._keys = set(self._file.keys())
+            file: Any = safe_open(path, framework="pt")
+            self._file, self._keys = file, set(file.keys())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: not a whole .safetensors file ({error}). A download or copy was probably cut short "
