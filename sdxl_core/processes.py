@@ -36,14 +36,33 @@ def process_start(pid: int) -> str | None:
 def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str], *, grace_s: float) -> None:
     """SIGTERM to a child's process group, SIGKILL to what is left of it after `grace_s` seconds.
 
-    The child must have been started with `start_new_session=True`.
+    The child must have been started with `start_new_session=True`. A child that ends before its own children
+    (`accelerate launch` does) does not cost them their grace.
     """
     _signal_group(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while process.poll() is None and time.monotonic() < deadline:
+    while (process.poll() is None or group_lives(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
     _signal_group(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def group_lives(group: int) -> bool:
+    """Whether a process group has a member that is no zombie (orphans of a container may stay zombies)."""
+    if not Path("/proc/self").exists():
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            return True
+    return False
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

@@ -1,0 +1,132 @@
+"""Micro-batches, ready for the device, made a few ahead by threads. Any position can be asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from sdxl_core.config import TrainConfig
+from sdxl_core.errors import DataError
+from sdxl_core.latents import LatentStore
+from sdxl_core.models import time_ids, tokenize
+from sdxl_core.training.captions import CaptionRules, caption_text
+from sdxl_core.training.objective import NoiseDraw, draw_noise
+from sdxl_core.training.order import EpochPlan, Indices, batches_of_epoch, position_of_step, samples_of_rank
+from sdxl_core.training.training_set import Sample, TrainingSet
+
+LOOK_AHEAD, NUM_THREADS = 4, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One process's part of a global micro-batch, on the CPU.
+
+    latents:  float32 [B, 4, h, w], unscaled.   draw: noise and timesteps of the same samples.
+    clip_l, clip_g: token ids, int64 [B, n, 77].   time_ids: float32 [B, 6].
+    num_counted:  samples that count: B, or 0 where this process has none and computes one for company.
+    """
+
+    keys: tuple[str, ...]
+    latents: Tensor
+    draw: NoiseDraw
+    clip_l: Tensor
+    clip_g: Tensor
+    time_ids: Tensor
+    num_counted: int
+
+
+class BatchMaker:
+    """Makes what process `rank` sees at any step."""
+
+    def __init__(self, training_set: TrainingSet, plan: EpochPlan, config: TrainConfig, *, rank: int) -> None:
+        self.training_set, self.plan, self.config, self.rank = training_set, plan, config, rank
+        self._store = LatentStore(config.latents)
+        self._batches = lru_cache(maxsize=2)(lambda epoch: batches_of_epoch(plan, epoch))
+        self._rules = CaptionRules(
+            separator=config.caption_separator,
+            shuffle=config.shuffle_caption,
+            keep_tokens=config.keep_tokens,
+            dropout_rate=config.caption_dropout_rate,
+            seed=config.seed,
+        )
+
+    def global_batches(self, step: int) -> list[Indices]:
+        """The global micro-batches of an optimizer step."""
+        epoch, positions = position_of_step(self.plan, step)
+        return [self._batches(epoch)[position] for position in positions]
+
+    def num_batches(self, step: int) -> int:
+        """How many global micro-batches an optimizer step has."""
+        return len(position_of_step(self.plan, step)[1])
+
+    def keys_of(self, step: int) -> list[list[list[str]]]:
+        """Sample keys of an optimizer step by [process][micro-batch][sample]: every process knows all."""
+        return [
+            [[self._sample(i).key for i in self._part(batch, rank)] for batch in self.global_batches(step)]
+            for rank in range(self.config.num_processes)
+        ]
+
+    def steps(self, start: int, stop: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of steps start … stop, a list a step, a few micro-batches prepared ahead."""
+        wanted = ((step, number) for step in range(start, stop) for number in range(self.num_batches(step)))
+        waiting: deque[Future[MicroBatch]] = deque()
+        with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="batches") as pool:
+            try:
+                for step in range(start, stop):
+                    batches = []
+                    for _ in range(self.num_batches(step)):
+                        free = LOOK_AHEAD + 1 - len(waiting)
+                        waiting.extend(pool.submit(self.make, *position) for position in islice(wanted, free))
+                        batches.append(waiting.popleft().result())
+                    yield batches
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def make(self, step: int, number: int) -> MicroBatch:
+        """The `number`-th micro-batch of an optimizer step. Raises: DataError: latents that do not fit the bucket."""
+        epoch, positions = position_of_step(self.plan, step)
+        batch = self._batches(epoch)[positions[number]]
+        part = self._part(batch, self.rank)
+        samples = [self._sample(i) for i in (part if len(part) else batch[:1])]
+        keys = tuple(sample.key for sample in samples)
+        records = [self._store.read(key) for key in keys]
+        latents = torch.stack(
+            [self._checked(torch.from_numpy(r.latents), s) for r, s in zip(records, samples, strict=True)]
+        )
+        texts = [caption_text(s.sentence, s.tags, self._rules, epoch=epoch, key=s.key) for s in samples]
+        tokens = tokenize(texts, max_token_length=self.config.max_token_length)
+        ids = time_ids(
+            original_size=torch.tensor([[r.original_height_px, r.original_width_px] for r in records]),
+            crop_top_left=torch.tensor([[int(r.crop_ltrb[1]), int(r.crop_ltrb[0])] for r in records]),
+            target_size=torch.tensor([[s.height_px, s.width_px] for s in samples]),
+        )
+        draw = draw_noise(
+            keys, height=latents.shape[2], width=latents.shape[3], epoch=epoch,
+            seed=self.config.seed, noise_offset=self.config.noise_offset,
+        )  # fmt: skip
+        return MicroBatch(
+            keys=keys, latents=latents, draw=draw, clip_l=tokens.clip_l, clip_g=tokens.clip_g, time_ids=ids,
+            num_counted=len(part),
+        )  # fmt: skip
+
+    def _part(self, batch: Indices, rank: int) -> Indices:
+        return samples_of_rank(batch, rank=rank, num_processes=self.config.num_processes)
+
+    def _sample(self, index: int) -> Sample:
+        return self.training_set.samples[index]
+
+    def _checked(self, latents: Tensor, sample: Sample) -> Tensor:
+        expected = (4, sample.height_px // 8, sample.width_px // 8)
+        if tuple(latents.shape) != expected:
+            raise DataError(
+                f"{self.config.latents}: the latents of {sample.key!r} are {tuple(latents.shape)}, but its bucket "
+                f"{sample.width_px}x{sample.height_px} needs {expected}. Run cache-latents again into another folder."
+            )
+        return latents

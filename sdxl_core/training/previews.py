@@ -1,0 +1,90 @@
+"""Pictures from prompts: DDIM with classifier-free guidance and fixed seeds. Training neither sees nor feels them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from sdxl_core.config import TrainConfig
+from sdxl_core.files import atomic_writer
+from sdxl_core.models import TokenIds, encode_prompts, load_models, time_ids, tokenize
+from sdxl_core.training.denoiser import Denoiser
+from sdxl_core.training.objective import BETA_END, BETA_START, NUM_TIMESTEPS
+from sdxl_core.training.randomness import torch_generator
+
+
+def preview_steps(config: TrainConfig, num_steps: int) -> list[int]:
+    """After which optimizer steps previews are made: every `sample_every_steps`, and at the end."""
+    if not config.sample_prompts:
+        return []
+    every = config.sample_every_steps
+    return sorted({*range(every, num_steps + 1, every), num_steps} if every else {num_steps})
+
+
+def preview_path(config: TrainConfig, step: int, number: int) -> Path:
+    """`samples/<output_name>_<step>_<number>_<seed>.png`."""
+    return config.out / "samples" / f"{config.output_name}_{step:06d}_{number:02d}_{config.seed}.png"
+
+
+@torch.no_grad()
+def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int) -> list[Path]:
+    """One picture a prompt. The base model's VAE is loaded for this and let go again."""
+    device = next(denoiser.parameters()).device
+    vae: Any = load_models(config.base_model, parts=("vae",), dtype=torch.float32).vae
+    vae.to(device)
+    paths = []
+    for number, prompt in enumerate(config.sample_prompts):
+        latents = _denoise(
+            denoiser, config, prompt, number=number, factor=2 ** (len(vae.config.block_out_channels) - 1)
+        )
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
+        path = preview_path(config, step, number)
+        _save(pixels, path)
+        paths.append(path)
+    return paths
+
+
+def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: str, *, number: int, factor: int) -> Tensor:
+    """Latents of one picture, scaled, float32 [1, 4, h, w]. Guidance: uncond + scale * (cond - uncond)."""
+    device, dtype = next(denoiser.parameters()).device, denoiser.unet.dtype
+    tokens = tokenize(["", prompt], max_token_length=config.max_token_length)
+    tokens = TokenIds(clip_l=tokens.clip_l.to(device), clip_g=tokens.clip_g.to(device))
+    prompt_embeds, pooled = encode_prompts(denoiser.text_encoder, denoiser.text_encoder_2, tokens)
+    side_px = config.sample_size_px
+    size = torch.tensor([[side_px, side_px]] * 2, device=device)
+    ids = time_ids(original_size=size, crop_top_left=torch.zeros_like(size), target_size=size)
+    generator = torch_generator("preview", config.seed, number)
+    latents = torch.randn((1, 4, side_px // factor, side_px // factor), generator=generator).to(device)
+    for scheduler, timestep in _ddim(config.sample_inference_steps):
+        both = latents.expand(2, -1, -1, -1).to(dtype)
+        conditions = {"text_embeds": pooled.to(dtype), "time_ids": ids}
+        noise = denoiser.unet(
+            both, timestep, encoder_hidden_states=prompt_embeds.to(dtype), added_cond_kwargs=conditions
+        ).sample.float()
+        unconditional, conditional = noise.chunk(2)
+        guided = unconditional + config.sample_guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
+    return latents
+
+
+def _ddim(num_steps: int) -> Iterator[tuple[Any, Tensor]]:
+    scheduler = DDIMScheduler(
+        num_train_timesteps=NUM_TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    scheduler.set_timesteps(num_steps)
+    for timestep in scheduler.timesteps:
+        yield scheduler, timestep
+
+
+def _save(pixels: Tensor, path: Path) -> None:
+    """pixels: [3, H, W] in [-1, 1]."""
+    levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    with atomic_writer(path, sync=False) as file:
+        Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")

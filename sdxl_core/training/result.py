@@ -1,0 +1,64 @@
+"""What makes two runs the same run, and the record that one is finished. Light: read by the launching process too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import TypeAdapter
+
+from sdxl_core.config import TrainConfig
+from sdxl_core.files import sha256_file, write_atomic
+from sdxl_core.refs import CheckpointRef, to_json
+from sdxl_core.training.training_set import TrainingSet
+
+# How long, how fast, how watched, where, under which name: not what the weights become. Everything else is.
+NOT_SHAPING = {
+    "max_train_steps", "max_train_epochs", "output_name", "save_every_steps", "save_precision", "log_prefix",
+    "sample_prompts", "sample_every_steps", "sample_inference_steps", "sample_guidance_scale", "sample_size_px",
+    "num_processes", "use_cpu", "gradient_checkpointing", "metadata", "latents", "out", "base_model",
+    "train_batch_size",
+}  # fmt: skip
+
+
+def run_settings(config: TrainConfig, training_set: TrainingSet) -> dict[str, Any]:
+    """Everything that shapes the weights of a run, JSON-ready; states of other settings are never mixed into it."""
+    from sdxl_core.models import model_fingerprint  # imports torch
+
+    return {
+        **config.model_dump(mode="json", exclude=NOT_SHAPING),
+        "global_batch_size": config.train_batch_size * config.num_processes,
+        "base_model": model_fingerprint(config.base_model),
+        "dataset": training_set.digest,
+    }
+
+
+def write_result(config: TrainConfig, settings: dict[str, Any], ref: CheckpointRef) -> None:
+    """The last file of a run. `settings`: `run_settings`."""
+    record = {"config": config.model_dump(mode="json"), "settings": settings, "ref": to_json(ref)}
+    write_atomic(_path(config), orjson.dumps(record, option=orjson.OPT_INDENT_2))
+
+
+def read_result(config: TrainConfig) -> CheckpointRef | None:
+    """What the last finished run of exactly this config left, None where there is none."""
+    try:
+        record = orjson.loads(_path(config).read_bytes())
+        ref: CheckpointRef = TypeAdapter(CheckpointRef).validate_python(record["ref"])
+        return ref if record["config"] == config.model_dump(mode="json") else None
+    except (FileNotFoundError, orjson.JSONDecodeError, KeyError, ValueError):
+        return None
+
+
+def finished_result(config: TrainConfig, training_set: TrainingSet) -> CheckpointRef | None:
+    """`read_result`, if base model and training set are the same still and what it made is unaltered."""
+    ref = read_result(config)
+    if ref is None or orjson.loads(_path(config).read_bytes())["settings"] != run_settings(config, training_set):
+        return None
+    path = ref.file.path
+    unaltered = path.exists() and path.stat().st_size == ref.file.num_bytes and sha256_file(path) == ref.file.sha256
+    return ref if unaltered and all(sample.exists() for sample in ref.samples) else None
+
+
+def _path(config: TrainConfig) -> Path:
+    return config.out / "state" / "result.json"
