@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,18 +44,10 @@ def _join_chunks(hidden: Tensor, num_captions: int, num_chunks: int) -> Tensor:
     return torch.cat([chunks[:, 0, :1], inner, chunks[:, -1, -1:]], dim=1)
 
 
-def time_ids(
-    *,
-    original_height_px: Sequence[int],
-    original_width_px: Sequence[int],
-    crop_top_px: Sequence[int],
-    crop_left_px: Sequence[int],
-    target_height_px: Sequence[int],
-    target_width_px: Sequence[int],
-) -> Tensor:
-    """SDXL's micro-conditioning, float32 [B, 6], in diffusers' order: the order of the arguments.
+def time_ids(*, original_size: Tensor, crop_top_left: Tensor, target_size: Tensor) -> Tensor:
+    """SDXL's micro-conditioning, float32 [B, 6].
 
+    Args: [B, 2] tensors in pixels: original (height, width), crop (top, left), target (height, width).
     Source: SDXL paper arXiv:2307.01952 sec. 2.2; parity with StableDiffusionXLPipeline._get_add_time_ids.
     """
-    columns = (original_height_px, original_width_px, crop_top_px, crop_left_px, target_height_px, target_width_px)
-    return torch.tensor(columns, dtype=torch.float32).T.contiguous()
+    return torch.cat([original_size, crop_top_left, target_size], dim=1).to(torch.float32)
