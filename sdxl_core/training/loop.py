@@ -94,7 +94,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     return accelerator
 
@@ -320,4 +320,5 @@ class Run:
         )
 
     def _tensorboard(self) -> Path:
-        return self.config.out / "tensorboard" / orjson.loads((self.state / "run.json").read_bytes())["tensorboard"]
+        name: str = orjson.loads((self.state / "run.json").read_bytes())["tensorboard"]
+        return self.config.out / "tensorboard" / name

@@ -56,7 +56,8 @@ def lr_factors(schedule: ScheduleName, *, num_warmup_steps: int, num_training_st
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Joint L2 norm of all gradients, float32 scalar; accumulated in float32 even where gradients are bf16."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return joint
 
 
 def clip_factor(norm: Tensor, *, max_norm: float) -> Tensor:

@@ -74,9 +74,15 @@ def load_trained_models(config: TrainConfig, *, device: torch.device) -> Trained
         modules["unet"].enable_gradient_checkpointing()
         for part in ("text_encoder", "text_encoder_2"):
             if rates[part]:
-                modules[part].gradient_checkpointing_enable({"use_reentrant": False})
+                _checkpoint_activations(modules[part])
     groups = tuple(parameter_group(PARTS[part], modules[part], rates[part]) for part in PARTS if rates[part])
     return TrainedModels(denoiser=Denoiser(**modules), groups=groups, preset=models.preset)
+
+
+def _checkpoint_activations(text_encoder: Any) -> None:
+    """transformers renamed the switch within release 5."""
+    enable = getattr(text_encoder, "activation_checkpointing_enable", None)
+    (enable or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _freeze_unused(text_encoder: nn.Module) -> None:

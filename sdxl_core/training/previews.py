@@ -57,7 +57,7 @@ def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: str, *, number: in
     tokens = TokenIds(clip_l=tokens.clip_l.to(device), clip_g=tokens.clip_g.to(device))
     prompt_embeds, pooled = encode_prompts(denoiser.text_encoder, denoiser.text_encoder_2, tokens)
     side_px = config.sample_size_px
-    size = torch.tensor([[side_px, side_px]] * 2, device=device)
+    size = torch.tensor([[side_px, side_px]] * 2, device=device)  # of the empty prompt and of this one
     ids = time_ids(original_size=size, crop_top_left=torch.zeros_like(size), target_size=size)
     generator = torch_generator("preview", config.seed, number)
     latents = torch.randn((1, 4, side_px // factor, side_px // factor), generator=generator).to(device)

@@ -1,0 +1,58 @@
+"""A small latent cache as sd-scripts would have left it, and a training config on it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from sdxl_core.config import TrainConfig
+
+BUCKETS_PX = ((64, 64), (128, 64), (64, 96))  # width, height
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def write_latents(folder: Path, *, num_samples: int) -> tuple[Path, Path]:
+    """`num_samples` pictures in three buckets. Returns (meta_lat.json, latents folder)."""
+    latents = folder / "latents"
+    latents.mkdir(parents=True)
+    metadata: dict[str, Any] = {}
+    for i in range(num_samples):
+        width_px, height_px = BUCKETS_PX[i % len(BUCKETS_PX)]
+        rng = np.random.Generator(np.random.Philox(key=i))
+        np.savez(
+            latents / f"pic{i:02d}.npz",
+            latents=(4.0 * rng.standard_normal((4, height_px // 8, width_px // 8))).astype(np.float32),
+            original_size=np.array([width_px * 3, height_px * 2 + i]),
+            crop_ltrb=np.array([float(i), 2.5, width_px + float(i), height_px + 2.5]),
+        )
+        metadata[f"pic{i:02d}"] = {"tags": f"boat, sea, t{i}, blue", "train_resolution": [width_px, height_px]}
+        if i % 2:
+            metadata[f"pic{i:02d}"]["caption"] = f"Boat number {i}, at sea."
+    (folder / "meta_lat.json").write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
+    return folder / "meta_lat.json", latents
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Ten pictures: buckets of 4, 3 and 3. Not to be changed by a test."""
+    return write_latents(tmp_path_factory.mktemp("cache"), num_samples=10)
+
+
+@pytest.fixture
+def config(cache: tuple[Path, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A config on the small cache; keywords change it."""
+
+    def make(**changes: Any) -> TrainConfig:
+        metadata, latents = cache
+        values = {
+            "metadata": metadata, "latents": latents, "out": tmp_path / "run", "max_train_steps": 6,
+            "train_batch_size": 2, "learning_rate": 1e-3, "use_cpu": True, "save_precision": "fp32",
+        }  # fmt: skip
+        return TrainConfig.model_validate(values | changes)
+
+    return make
