@@ -37,6 +37,12 @@ def write_latents(folder: Path, *, num_samples: int) -> tuple[Path, Path]:
     return folder / "meta_lat.json", latents
 
 
+@pytest.fixture
+def make_latents() -> Callable[..., tuple[Path, Path]]:
+    """`write_latents`, for tests that change what it made."""
+    return write_latents
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Ten pictures: buckets of 4, 3 and 3. Not to be changed by a test."""
