@@ -87,6 +87,12 @@ def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: t
     return ImageListing(source=source, images=tuple(images), rejected=tuple(rejected), texts=texts)
 
 
+def scan_images(source: Path) -> list[ImageFile]:
+    """Every picture below a folder in sd-scripts' order, without any check."""
+    found, _ = _scan(source, recursive=True, text_extensions=())
+    return sorted(found, key=lambda image: image.name.split("/"))
+
+
 def _scan(
     source: Path, *, recursive: bool, text_extensions: tuple[str, ...]
 ) -> tuple[list[ImageFile], dict[str, tuple[int, int]]]:

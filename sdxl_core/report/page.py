@@ -9,12 +9,13 @@ from typing import Any
 
 import orjson
 
+from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.files import write_atomic
 from sdxl_core.rejected import read_rejected
 from sdxl_core.report.charts import bar_chart, line_chart
 from sdxl_core.report.curves import read_scalars
 
-NUM_SHEET_ROWS = 12
+NUM_PICTURES_SHOWN = 12
 NUM_REJECTED_SHOWN = 200
 
 STYLE = """
@@ -37,7 +38,7 @@ def write_report(out: Path) -> Path:
     parts = [
         _summary(record),
         _buckets(record),
-        _latents(out),
+        _latents(record),
         _curves(out),
         _previews(record),
         _rejected(out),
@@ -72,10 +73,13 @@ def _buckets(record: dict[str, Any]) -> str:
     )
 
 
-def _latents(out: Path) -> str:
+def _latents(record: dict[str, Any]) -> str:
     from sdxl_core.latents.report import contact_sheet
 
-    sheet = contact_sheet(out / "latents", num_pictures=NUM_SHEET_ROWS)
+    if "cache-latents" not in record["stages"]:
+        return ""
+    config = CacheLatentsConfig.model_validate(record["stages"]["cache-latents"]["config"])
+    sheet = contact_sheet(config, num_pictures=NUM_PICTURES_SHOWN)
     return (
         f'<h2>Pictures and their latents</h2><img alt="pictures beside their latents" src="{_data_url(sheet)}">'
         '<p class="note">left as the VAE saw it, right the four latent channels in false colour</p>'

@@ -1,0 +1,1 @@
+"""Pictures: from bytes on disk to the pixels a bucket wants."""
