@@ -23,7 +23,7 @@ def test_every_choice_equals_sd_scripts(path: Path) -> None:
     for row in rows:
         if "error" in row:  # sd-scripts divides by zero; we reject the picture
             with pytest.raises(TooSmallForBuckets):
-                table.choose(width_px=row["w"], height_px=row["h"])
+                next(iter(tables.values())).choose(width_px=row["w"], height_px=row["h"])
             continue
         settings = (row["max_reso"][0], row["min"], row["max"], row["steps"], row["no_upscale"])
         assert row["max_reso"][0] == row["max_reso"][1]

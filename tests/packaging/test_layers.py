@@ -66,7 +66,7 @@ def test_stage_commands_work_where_prefect_is_not_installed(without_prefect: dic
         "--out", "run", "--resolution-px", "128", "--min-bucket-px", "64", "--max-bucket-px", "256",
     )  # fmt: skip
     assert cached.returncode == 0, cached.stderr
-    assert "kept 48 of 50 pictures (2 rejected: 1 undecodable, 1 too_small)" in cached.stdout
+    assert "kept 48 of 50 pictures (2 rejected: 1 too_small, 1 undecodable)" in cached.stdout
     assert len(list((tmp_path / "run" / "latents").glob("*.npz"))) == 48
 
 
