@@ -37,6 +37,10 @@ class LatentStore:
             return self._rows[key].is_there(self.folder)
         return self.path(key).is_file()
 
+    def crc32(self, key: str) -> int | None:
+        """Checksum of a key's latents as its ledger has it; None where no ledger knows the key."""
+        return self._rows[key].crc32 if key in self._rows else None
+
     def read(self, key: str) -> LatentRecord:
         """A key's latents.
 

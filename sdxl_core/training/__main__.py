@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError, SdxlFlowsError
-from sdxl_core.training.processes import StopSignal, end_with_launcher, read_outcome, write_outcome
+from sdxl_core.training.processes import Outcome, StopSignal, end_with_launcher, write_outcome
 
 
 def main() -> int:
@@ -47,19 +47,19 @@ def _run(config: TrainConfig, stop: StopSignal) -> int:
     try:
         from sdxl_core.training.loop import train
 
-        write_outcome(state, "running")
+        write_outcome(state, Outcome(status="running"))
         finished = train(config, stop=stop)
     except SdxlFlowsError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        write_outcome(state, "config_error" if isinstance(error, ConfigError) else "failed", str(error))
+        write_outcome(state, Outcome(status="failed", error=type(error).__name__, message=str(error)))
         return error.exit_status
     except Exception as error:
         traceback.print_exc()
         if not _lost_a_process(error):
-            write_outcome(state, "failed", f"the trainer met an error of its own: {type(error).__name__}: {error}")
+            message = f"the trainer met an error of its own: {type(error).__name__}: {error}"
+            write_outcome(state, Outcome(status="failed", error="TrainingError", message=message))
         return 1
-    if read_outcome(state)[0] == "running":
-        write_outcome(state, "finished" if finished else "stopped")
+    write_outcome(state, Outcome(status="finished" if finished else "stopped"))
     return 0
 
 

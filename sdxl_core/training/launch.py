@@ -12,6 +12,7 @@ from pathlib import Path
 
 import orjson
 
+from sdxl_core import errors
 from sdxl_core.config import TrainConfig
 from sdxl_core.devices import cuda_devices
 from sdxl_core.errors import CheckpointError, ConfigError, TrainingError, TransientError
@@ -34,7 +35,8 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
 
     Raises: ConfigError, DataError: the inputs cannot be right (found before anything starts), or the settings are not
             those of the state that is there.   LockedError: another process trains into this folder.
-            TrainingError: the trainer gave up.   TransientError: it was killed; calling again continues.
+            TrainingError, CheckpointError, DiskFullError: the trainer gave up, in its words.
+            TransientError: it was killed; calling again continues.
     """
     training_set = read_training_set(config)
     config = config.model_copy(update={"use_cpu": _on_cpu(config)})
@@ -148,19 +150,18 @@ def _watch(process: subprocess.Popen[bytes], state: Path, progress: Progress) ->
 
 
 def _raise_failure(state: Path, log: Path, returncode: int) -> None:
-    status, message = read_outcome(state)
-    if status == "finished":
+    outcome = read_outcome(state)
+    if outcome is not None and outcome.status == "finished":
         return
-    if status == "config_error":
-        raise ConfigError(message)
-    if status == "failed":
-        raise TrainingError(f"{message} (The trainer's log is {log}.)")
-    if status == "stopped":
+    if outcome is not None and outcome.status == "failed":
+        kind = getattr(errors, outcome.error, TrainingError)
+        raise kind(f"{outcome.message} (The trainer's log: {log})")
+    if outcome is not None and outcome.status == "stopped":
         raise TransientError(f"the trainer was asked to stop; its state is saved in {state}. Run it again to continue.")
-    if status == "running" or returncode < 0:
+    if outcome is not None or returncode < 0:
         raise TransientError(
             f"the trainer was killed (out of memory, or a signal). Its last saved state is in {state}; running it "
-            f"again continues there. Its log is {log}."
+            f"again continues there. Its log: {log}"
         )
     raise TrainingError(f"the trainer could not be started. The end of {log}:\n{_tail(log)}")
 

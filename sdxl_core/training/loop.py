@@ -93,7 +93,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"that starts them all."
         )
     if accelerator.device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # so that a resumed run repeats on the same card
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     return accelerator

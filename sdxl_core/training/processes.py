@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ import orjson
 from sdxl_core.files import write_atomic
 
 WATCH_STDIN = "SDXL_FLOWS_WATCH_STDIN"
-Status = Literal["running", "finished", "stopped", "config_error", "failed"]
+Status = Literal["running", "finished", "stopped", "failed"]
 
 
 class StopSignal:
@@ -47,18 +48,26 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher watch").start()
 
 
-def write_outcome(state: Path, status: Status, message: str = "") -> None:
-    """Tell the launching process how the run ended; `message` is for people."""
-    write_atomic(state / "outcome.json", orjson.dumps({"status": status, "message": message}), sync=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a trainer ended. `error`: class in sdxl_core.errors, `message`: its text; "" where nothing failed."""
+
+    status: Status
+    error: str = ""
+    message: str = ""
 
 
-def read_outcome(state: Path) -> tuple[str, str]:
-    """(status, message) of the last trainer; ("", "") where none has begun."""
+def write_outcome(state: Path, outcome: Outcome) -> None:
+    """Tell the launching process how the run ended."""
+    write_atomic(state / "outcome.json", orjson.dumps(outcome), sync=False)
+
+
+def read_outcome(state: Path) -> Outcome | None:
+    """How the last trainer ended ("running": it was killed); None where none has begun."""
     try:
-        outcome = orjson.loads((state / "outcome.json").read_bytes())
-    except (FileNotFoundError, orjson.JSONDecodeError):
-        return "", ""
-    return outcome["status"], outcome["message"]
+        return Outcome(**orjson.loads((state / "outcome.json").read_bytes()))
+    except (FileNotFoundError, orjson.JSONDecodeError, TypeError):
+        return None
 
 
 class ProgressFile:

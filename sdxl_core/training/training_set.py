@@ -28,7 +28,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
-    """All samples in the order of meta_lat.json. `digest`: 64 hex digits over keys, texts and buckets."""
+    """All samples in the order of meta_lat.json.
+
+    `digest`: 64 hex digits over keys, texts, buckets and, where a ledger knows them, the latents.
+    """
 
     samples: tuple[Sample, ...]
     digest: str
@@ -55,7 +58,7 @@ def read_training_set(config: TrainConfig) -> TrainingSet:
             f"{config.latents}: holds no latents of {_named(missing)} that {config.metadata} names. "
             f"Run cache-latents again; finished pictures are not redone."
         )
-    return TrainingSet(samples=samples, digest=_digest(samples))
+    return TrainingSet(samples=samples, digest=_digest(samples, store))
 
 
 def _sample(metadata: Path, key: str, entry: dict[str, Any]) -> Sample:
@@ -77,8 +80,9 @@ def _sample(metadata: Path, key: str, entry: dict[str, Any]) -> Sample:
     )
 
 
-def _digest(samples: tuple[Sample, ...]) -> str:
-    return digest_of(*(part for s in samples for part in (s.key, s.sentence, s.tags, s.width_px, s.height_px)))
+def _digest(samples: tuple[Sample, ...], store: LatentStore) -> str:
+    rows = ((s.key, s.sentence, s.tags, s.width_px, s.height_px, str(store.crc32(s.key))) for s in samples)
+    return digest_of(*(part for row in rows for part in row))
 
 
 def _named(keys: list[str]) -> str:

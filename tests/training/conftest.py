@@ -1,6 +1,5 @@
 """A small latent cache as sd-scripts would have left it, and a training config on it."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from sdxl_core.config import TrainConfig
+from sdxl_core.training import loop
+from sdxl_core.training.processes import StopSignal
 
 BUCKETS_PX = ((64, 64), (128, 64), (64, 96))  # width, height
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def write_latents(folder: Path, *, num_samples: int) -> tuple[Path, Path]:
@@ -35,6 +36,35 @@ def write_latents(folder: Path, *, num_samples: int) -> tuple[Path, Path]:
             metadata[f"pic{i:02d}"]["caption"] = f"Boat number {i}, at sea."
     (folder / "meta_lat.json").write_bytes(orjson.dumps(metadata, option=orjson.OPT_INDENT_2))
     return folder / "meta_lat.json", latents
+
+
+class StopAt(StopSignal):
+    """Asks to stop during the `step`-th optimizer step from here, as a SIGTERM then would."""
+
+    def __init__(self, step: int) -> None:
+        self._asked, self._step = 0, step
+
+    @property
+    def received(self) -> bool:  # type: ignore[override]
+        self._asked += 1
+        return self._asked >= self._step
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., bool]:
+    """A whole run in this process, on one thread as a launched one. accelerate keeps one state a process."""
+
+    def run(config: TrainConfig, *, stop_at: int = 10**9) -> bool:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            return loop.train(config, stop=StopAt(stop_at))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch.set_num_threads(threads)
+
+    return run
 
 
 @pytest.fixture

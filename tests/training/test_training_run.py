@@ -1,13 +1,12 @@
 """Whole runs in this process: what they leave, that they repeat exactly, and that stopping changes nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,13 +15,12 @@ from torch import Tensor
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError, TrainingError
 from sdxl_core.models import load_models, tokenize
-from sdxl_core.training import loop
 from sdxl_core.training.objective import draw_noise
-from sdxl_core.training.processes import StopSignal
 from sdxl_core.training.result import read_result
 from sdxl_core.training.training_set import read_training_set
 
 Configure = Callable[..., TrainConfig]
+Train = Callable[..., bool]
 EVERYTHING: dict[str, Any] = {
     "max_train_steps": 5, "gradient_accumulation_steps": 2, "learning_rate_te1": 1e-4, "learning_rate_te2": 1e-4,
     "caption_dropout_rate": 0.3, "shuffle_caption": True, "keep_tokens": 1, "lr_scheduler": "constant_with_warmup",
@@ -32,33 +30,6 @@ PLAIN: dict[str, Any] = {
     "optimizer": "adamw", "weights_dtype": "float32", "mixed_precision": "no", "gradient_checkpointing": False,
 }  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_20_steps.txt"
-
-
-class StopAt(StopSignal):
-    """Asks to stop during optimizer step `step`, as a SIGTERM then would."""
-
-    def __init__(self, step: int = 10**9) -> None:
-        self._asked, self._step = 0, step
-
-    @property
-    def received(self) -> bool:  # type: ignore[override]
-        self._asked += 1
-        return self._asked >= self._step
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps one state a process; a training process has one run, this one has many."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
-
-
-def train(config: TrainConfig, *, stop_at: int = 10**9) -> bool:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return loop.train(config, stop=StopAt(stop_at))
 
 
 def checkpoint(config: TrainConfig) -> dict[str, Tensor]:
@@ -78,7 +49,7 @@ def scalars(config: TrainConfig) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cache: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def undisturbed(cache: tuple[Path, Path], train: Train, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A finished run with everything on."""
     metadata, latents = cache
     values = {
@@ -88,13 +59,14 @@ def undisturbed(cache: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
         "sample_inference_steps": 2,
     }  # fmt: skip
     config = TrainConfig.model_validate(values | EVERYTHING)
-    torch.set_num_threads(1)
     assert train(config)
     return config
 
 
 @pytest.mark.parametrize("stops", [(1,), (3,), (2, 4)])
-def test_a_stopped_run_continues_bit_for_bit(undisturbed: TrainConfig, tmp_path: Path, stops: tuple[int, ...]) -> None:
+def test_a_stopped_run_continues_bit_for_bit(
+    train: Train, undisturbed: TrainConfig, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
     """AdamW8bit, stochastic rounding, accumulation, dropout, shuffling, warm-up, trained encoders: all of it."""
     config = undisturbed.model_copy(update={"out": tmp_path})
     for done, stop in zip((0, *stops), stops, strict=False):
@@ -107,7 +79,7 @@ def test_a_stopped_run_continues_bit_for_bit(undisturbed: TrainConfig, tmp_path:
         assert ours[name] == theirs[name], "one point a step, the same value"
 
 
-def test_a_torn_newest_state_costs_only_time(undisturbed: TrainConfig, tmp_path: Path) -> None:
+def test_a_torn_newest_state_costs_only_time(train: Train, undisturbed: TrainConfig, tmp_path: Path) -> None:
     config = undisturbed.model_copy(update={"out": tmp_path, "save_every_steps": 1})
     assert not train(config, stop_at=3)
     newest = config.out / "state" / "step-00000003" / "optimizer.safetensors"
@@ -117,7 +89,7 @@ def test_a_torn_newest_state_costs_only_time(undisturbed: TrainConfig, tmp_path:
     assert scalars(config)["loss"] == scalars(undisturbed)["loss"]
 
 
-def test_more_steps_continue_a_finished_run(undisturbed: TrainConfig, config: Configure) -> None:
+def test_more_steps_continue_a_finished_run(train: Train, undisturbed: TrainConfig, config: Configure) -> None:
     short = config(**PLAIN, max_train_steps=2)
     assert train(short)
     assert train(short.model_copy(update={"max_train_steps": 4}))
@@ -171,7 +143,7 @@ def test_a_run_leaves_checkpoint_previews_and_result(undisturbed: TrainConfig) -
     ],
 )
 def test_only_what_has_a_rate_changes(
-    config: Configure, tmp_path: Path, rates: dict[str, float], moving: str, scalar: str
+    train: Train, config: Configure, tmp_path: Path, rates: dict[str, float], moving: str, scalar: str
 ) -> None:
     from sdxl_core.models import save_single_file
 
@@ -185,7 +157,7 @@ def test_only_what_has_a_rate_changes(
     assert {name for name in scalars(trained) if name.startswith("lr/")} == {scalar}
 
 
-def test_one_step_equals_a_plain_diffusers_script(config: Configure) -> None:
+def test_one_step_equals_a_plain_diffusers_script(train: Train, config: Configure) -> None:
     """Loss and updated weights of the first step, against a loop as diffusers' own SDXL example has it."""
     from diffusers import DDPMScheduler
 
@@ -232,7 +204,7 @@ def test_one_step_equals_a_plain_diffusers_script(config: Configure) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_loss_of_20_steps_is_golden(config: Configure, request: pytest.FixtureRequest) -> None:
+def test_loss_of_20_steps_is_golden(train: Train, config: Configure, request: pytest.FixtureRequest) -> None:
     """To record it anew after a wanted change: delete tests/golden/loss_20_steps.txt and run this test once."""
     run = config(**PLAIN, max_train_steps=20, learning_rate_te1=1e-4, learning_rate_te2=1e-4, caption_dropout_rate=0.2)
     assert train(run)
@@ -243,7 +215,7 @@ def test_loss_of_20_steps_is_golden(config: Configure, request: pytest.FixtureRe
     assert losses == pytest.approx([float(line) for line in GOLDEN.read_text().split()], rel=1e-4)
 
 
-def test_checkpointing_activations_changes_no_number(config: Configure) -> None:
+def test_checkpointing_activations_changes_no_number(train: Train, config: Configure) -> None:
     runs = [
         config(**PLAIN | {"gradient_checkpointing": on}, learning_rate_te1=1e-4, max_train_steps=2) for on in (0, 1)
     ]
@@ -254,7 +226,7 @@ def test_checkpointing_activations_changes_no_number(config: Configure) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied_and_names_the_picture(
-    tmp_path: Path, make_latents: Callable[..., tuple[Path, Path]]
+    train: Train, tmp_path: Path, make_latents: Callable[..., tuple[Path, Path]]
 ) -> None:
     metadata, latents = make_latents(tmp_path, num_samples=4)
     with np.load(latents / "pic02.npz") as file:
@@ -270,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_applied_and_names_the_pict
     assert not (config.out / "model").exists()
 
 
-def test_all_states_damaged_is_said(config: Configure) -> None:
+def test_all_states_damaged_is_said(train: Train, config: Configure) -> None:
     run = config(**PLAIN, max_train_steps=1)
     assert train(run)
     (run.out / "state" / "step-00000001" / "weights.safetensors").write_bytes(b"")
@@ -278,6 +250,6 @@ def test_all_states_damaged_is_said(config: Configure) -> None:
         train(run)
 
 
-def test_another_number_of_processes_is_refused(config: Configure) -> None:
+def test_another_number_of_processes_is_refused(train: Train, config: Configure) -> None:
     with pytest.raises(ConfigError, match="num_processes = 2, but 1 training processes were started"):
         train(config(num_processes=2))
