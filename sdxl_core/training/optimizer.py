@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdxl_core.errors import CheckpointError
 from sdxl_core.files import digest_of
-from sdxl_core.training.rounding import round_into
+from sdxl_core.training.rounding import RoundingNoise, round_into
 
 ScheduleName = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 QUANT_MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}  # bitsandbytes' constant code books: never saved
@@ -106,7 +106,11 @@ class SlotOptimizer:
         Returns: share of the computed update that reached bf16 weights (1 is all of it); None for float32 weights.
         """
         moved, wanted = [], []
-        for index, (group, name, parameter) in enumerate(self._walk()):
+        key = int(digest_of("rounding", self.seed, step)[:16], 16)
+        noise = RoundingNoise(key=key, device=self._slot.device)
+        after = 0
+        for group, name, parameter in self._walk():
+            position, after = after, after + parameter.numel()
             if parameter.grad is None:
                 continue
             self._library.param_groups[0]["lr"] = group.learning_rate * lr_factor
@@ -118,9 +122,8 @@ class SlotOptimizer:
             values = parameter.data.to(torch.float32)
             self._library_step(name, values, gradient)
             update = torch.sub(values, parameter.data, out=gradient).view(-1)
-            key = int(digest_of("rounding", self.seed, step, index)[:16], 16)
             before = parameter.data.clone()
-            round_into(parameter.data, values, key=key)
+            round_into(parameter.data, values, noise, position=position)
             applied = torch.sub(parameter.data, before, out=values).view(-1)
             moved.append(torch.dot(applied, update))
             wanted.append(torch.dot(update, update))

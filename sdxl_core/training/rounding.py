@@ -1,7 +1,8 @@
 """float32 to bfloat16 by stochastic rounding: right on average, so updates below half a bf16 step are not lost.
 
-The 16 random bits of an element are a hash of (key, index of the element): no generator state, the same on every
-device, and any slice of a tensor can be rounded alone. Measured in tests/training/test_stochastic_rounding.py.
+The 16 random bits of an element are a hash of (key of the step, position of the element among all parameters): no
+generator state, the same on every device, and any slice of a tensor can be rounded alone. Measured in
+tests/training/test_stochastic_rounding.py.
 """
 
 from __future__ import annotations
@@ -13,27 +14,46 @@ CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
 _MULTIPLIER_1, _MULTIPLIER_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32, github.com/skeeto/hash-prospector
 
 
-def round_into(target: Tensor, values: Tensor, *, key: int) -> None:
-    """Write `values` (float32) into `target` (bfloat16, same shape, contiguous), rounding up or down at random.
+class RoundingNoise:
+    """The random bits of one step. `key`: 64 bits. Made in chunks, so that many small tensors share one."""
+
+    def __init__(self, *, key: int, device: torch.device) -> None:
+        self.key, self.device = key, device
+        self._size = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+        self._number, self._bits = -1, torch.empty(0)
+
+    def piece(self, position: int, *, most: int) -> Tensor:
+        """Bits of the elements from `position` on, int32 in [0, 65536): at least one, at most `most`."""
+        number, offset = divmod(position, self._size)
+        if number != self._number:
+            self._number = number
+            self._bits = random_16_bits(self._size, start=number * self._size, key=self.key, device=self.device)
+        return self._bits[offset : offset + most]
+
+
+def round_into(target: Tensor, values: Tensor, noise: RoundingNoise, *, position: int) -> None:
+    """Write `values` (float32) into `target` (bfloat16, same shape, both contiguous), rounding up or down at random.
 
     P(up) is the distance from the lower neighbour in units of the gap, so the expected result is `values`; values
-    that bf16 can represent stay what they are. `values` is overwritten. `key`: 64 bits, one a tensor and step.
+    that bf16 can represent stay what they are. `values` is overwritten. `position`: of the first element in `noise`.
     """
     flat_target, flat_values = target.view(-1), values.view(-1)
-    size = CHUNK_ELEMENTS.get(values.device.type, CHUNK_ELEMENTS["cuda"])
-    for start in range(0, flat_values.numel(), size):
-        chunk = flat_values[start : start + size]
+    start, count = 0, flat_values.numel()
+    while start < count:
+        random = noise.piece(position + start, most=count - start)
+        chunk = flat_values[start : start + len(random)]
         bits = chunk.view(torch.int32)
-        bits += random_16_bits(chunk.numel(), start=start, key=key, device=values.device)
+        bits += random
         bits &= -0x10000
-        flat_target[start : start + size] = chunk
+        flat_target[start : start + len(random)] = chunk
+        start += len(random)
 
 
 def random_16_bits(count: int, *, start: int, key: int, device: torch.device) -> Tensor:
-    """Uniform integers in [0, 65536) for elements start … start + count of a tensor, int32 [count]. `start`: even."""
-    words = torch.arange(start // 2, start // 2 + -(-count // 2), dtype=torch.int32, device=device)
+    """Uniform integers in [0, 65536) for positions start … start + count, int32 [count]. `start`: even."""
+    words = torch.arange(-(-count // 2), dtype=torch.int32, device=device)
     scratch = torch.empty_like(words)
-    words += _signed(key)
+    words += _signed(key + start // 2)
     _mix(words, scratch)
     words ^= _signed(key >> 32)
     _mix(words, scratch)
