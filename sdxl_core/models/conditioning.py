@@ -13,7 +13,7 @@ from sdxl_core.models.tokenizer import CHUNK, EOS, TokenIds
 def encode_prompts(text_encoder: Any, text_encoder_2: Any, token_ids: TokenIds) -> tuple[Tensor, Tensor]:
     """Both text encoders' conditioning, differentiable.
 
-    Args:   token_ids: int64 [B, n, 77] for each encoder.
+    Args:   token_ids: int64 [B, n, 77] for each encoder, on any device.
     Returns: prompt_embeds [B, 75 n + 2, D1 + D2] (penultimate hidden states, no final norm) and pooled_prompt_embeds
             [B, P]: bigG's projected state at the first EOS of the first chunk.
     Source: SDXL paper arXiv:2307.01952 sec. 2.1; parity with diffusers' StableDiffusionXLPipeline.encode_prompt.
@@ -23,7 +23,7 @@ def encode_prompts(text_encoder: Any, text_encoder_2: Any, token_ids: TokenIds) 
     num_captions, num_chunks, _ = token_ids.clip_g.shape
     joined = [_join_chunks(hidden, num_captions, num_chunks) for hidden in (hidden_1, hidden_2)]
     first_chunks = last_2[::num_chunks]
-    end = (token_ids.clip_g[:, 0] == EOS).int().argmax(dim=-1)
+    end = (token_ids.clip_g[:, 0] == EOS).int().argmax(dim=-1).to(last_2.device)
     pooled = first_chunks[torch.arange(num_captions, device=end.device), end]
     return torch.cat(joined, dim=-1), text_encoder_2.text_projection(pooled)
 

@@ -11,20 +11,22 @@ holds its transpose.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sdxl_core.models.presets import Component, Preset, component_config
+from sdxl_core.models.presets import MODEL_COMPONENTS, Component, Preset, component_config
 
+T = TypeVar("T")
+TEXT_MODEL = "text_model."
 UNET_PREFIX = "model.diffusion_model."
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
 VAE_PREFIX = "first_stage_model."
 LOGIT_SCALE = CLIP_G_PREFIX + "logit_scale"
-IGNORED_SUFFIXES = (".position_ids",)
-IGNORED_PREFIXES = ("denoiser.", "model_ema.")
+_NOTHING_LEARNT = (".position_ids", ".attn_mask")  # buffers that some tools write out
+_UNUSED = (CLIP_L_PREFIX + "text_projection.weight", CLIP_L_PREFIX + "logit_scale", LOGIT_SCALE)  # by SDXL
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -35,6 +37,7 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _CLIP_G_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -157,16 +160,15 @@ def to_original(component: Component, state: Mapping[str, Tensor], preset: Prese
     matrices become 1x1 convolutions. Tensors are views of the input wherever nothing is concatenated.
     """
     if component == "text_encoder":
-        return {CLIP_L_PREFIX + key: tensor for key, tensor in state.items() if not _ignored(key)}
+        return {CLIP_L_PREFIX + key: tensor for key, tensor in state.items()}
     if component == "text_encoder_2":
         return _clip_g_to_original(state)
     prefixes = _prefixes(component, preset)
     if component == "unet":
         return {original_unet_key(key, prefixes): tensor for key, tensor in state.items()}
-    renamed = {original_vae_key(key, prefixes): tensor for key, tensor in state.items()}
     return {
-        key: tensor[:, :, None, None] if _is_vae_attention_matrix(key) and tensor.ndim == 2 else tensor
-        for key, tensor in renamed.items()
+        original_vae_key(key, prefixes): tensor[:, :, None, None] if is_vae_attention(key) else tensor
+        for key, tensor in state.items()
     }
 
 
@@ -179,8 +181,6 @@ def _prefixes(component: Component, preset: Preset) -> dict[str, str]:
 def _clip_g_to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        if _ignored(key):
-            continue
         if key in _CLIP_G_TOP:
             name = _CLIP_G_TOP[key]
             result[CLIP_G_PREFIX + name] = tensor.T.contiguous() if name == "text_projection" else tensor
@@ -216,13 +216,8 @@ def _take(component: Component, original: Mapping[str, Tensor], key: str, prefix
         return _take_clip_g(original, key)
     if component == "unet":
         return original.get(original_unet_key(key, prefixes))
-    name = original_vae_key(key, prefixes)
-    tensor = original.get(name)
-    if tensor is None:
-        tensor = original.get(name.removeprefix(VAE_PREFIX))
-    if tensor is not None and _is_vae_attention_matrix(name) and tensor.ndim == 4:
-        return tensor[:, :, 0, 0]
-    return tensor
+    tensor = original.get(original_vae_key(key, prefixes))
+    return tensor[:, :, 0, 0] if tensor is not None and is_vae_attention(key) and tensor.ndim == 4 else tensor
 
 
 def _take_clip_g(original: Mapping[str, Tensor], key: str) -> Tensor | None:
@@ -237,37 +232,64 @@ def _take_clip_g(original: Mapping[str, Tensor], key: str) -> Tensor | None:
     return original.get(CLIP_G_PREFIX + _clip_g_layer_key(key))
 
 
-def module_names(state: Mapping[str, Tensor], module_keys: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors under the names a module in memory uses: with or without `text_model.`, position_ids left out."""
+def module_names(tensors: Mapping[str, T], module_keys: Iterable[str]) -> dict[str, T]:
+    """A component under the names that a module in memory uses: with or without `text_model.`."""
     known = set(module_keys)
     renamed = {}
-    for key, tensor in state.items():
-        if _ignored(key):
-            continue
-        bare = key.removeprefix("text_model.")
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(TEXT_MODEL)
         renamed[bare if key not in known and bare in known else key] = tensor
     return renamed
 
 
-def folder_names(component: Component, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's tensors under the names a diffusers folder uses (text encoders carry `text_model.`)."""
-    if not component.startswith("text_encoder"):
-        return dict(state)
+def folder_names(component: Component, tensors: Mapping[str, T]) -> dict[str, T]:
+    """A component under the names that a diffusers folder uses, whoever wrote it.
+
+    Text encoders carry `text_model.`; a VAE's attention is `to_q`, `to_k`, `to_v`, `to_out.0` (older folders say
+    `query`, `key`, `value`, `proj_attn`). Buffers such as position_ids are left out.
+    """
+    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(_NOTHING_LEARNT)}
+    if component == "vae":
+        return {_current_vae_key(key): tensor for key, tensor in kept.items()}
+    if component == "unet":
+        return kept
     return {
-        key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": tensor
-        for key, tensor in state.items()
-        if not _ignored(key)
+        key if key.startswith((TEXT_MODEL, "text_projection.")) else TEXT_MODEL + key: tensor
+        for key, tensor in kept.items()
     }
 
 
+def _current_vae_key(key: str) -> str:
+    head, found, rest = key.partition(".attentions.0.")
+    return head + found + _swap_head("." + rest, _OLD_VAE_ATTENTION)[1:] if found else key
+
+
+def prefix_of(component: Component) -> str:
+    """What a component's keys begin with in a single file."""
+    prefixes = (UNET_PREFIX, CLIP_L_PREFIX, CLIP_G_PREFIX, VAE_PREFIX)
+    return dict(zip(MODEL_COMPONENTS, prefixes, strict=True))[component]
+
+
 def ignorable(key: str) -> bool:
-    """Keys of a single file that carry nothing to learn or to keep."""
-    return _ignored(key) or key.startswith(IGNORED_PREFIXES)
+    """Keys beside SDXL's own that carry nothing to learn, or nothing SDXL uses."""
+    return key.endswith(_NOTHING_LEARNT) or key in _UNUSED or key.startswith("loss.")
 
 
-def _ignored(key: str) -> bool:
-    return key.endswith(IGNORED_SUFFIXES)
+def vae_file_keys(keys: Iterable[str], preset: Preset, wanted: Iterable[str]) -> dict[str, str]:
+    """A VAE's names in a diffusers folder -> its names in a file: LDM keys with or without prefix, or diffusers keys.
+
+    Keys of the file that no VAE has stay as they are, so that the caller can complain about them.
+    """
+    prefixes = vae_prefixes(component_config(preset, "vae"))
+    bare_names = {original_vae_key(key, prefixes).removeprefix(VAE_PREFIX): key for key in wanted}
+    in_checkpoint = [key for key in keys if key.startswith(VAE_PREFIX)]
+    result = {}
+    for key in in_checkpoint or keys:
+        bare = key.removeprefix(VAE_PREFIX)
+        result[bare_names.get(bare) or _current_vae_key(bare)] = key
+    return result
 
 
-def _is_vae_attention_matrix(original_key: str) -> bool:
-    return ".attn_1." in original_key and original_key.endswith(".weight") and ".norm." not in original_key
+def is_vae_attention(key: str) -> bool:
+    """A matrix in diffusers' layout, a 1x1 convolution in the original one (and either in files of other tools)."""
+    return ".attentions." in key and key.endswith(".weight") and ".group_norm." not in key

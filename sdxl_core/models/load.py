@@ -1,25 +1,39 @@
-"""Loading SDXL: `tiny`, a single-file .safetensors or a diffusers folder. Strict about names and shapes."""
+"""Loading SDXL: `tiny`, a single-file .safetensors or a diffusers folder. Strict about names and shapes, no network."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 from torch import Tensor
 
 from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.files import digest_of
-from sdxl_core.models.key_names import LOGIT_SCALE, from_original, ignorable, module_names, to_original
+from sdxl_core.models.key_names import (
+    LOGIT_SCALE,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    folder_names,
+    from_original,
+    is_vae_attention,
+    module_names,
+    prefix_of,
+    to_original,
+    vae_file_keys,
+)
 from sdxl_core.models.presets import MODEL_COMPONENTS, PRESETS, Component, Preset, component_config
-from sdxl_core.models.weights import WeightFile, WeightFiles, component_files, header_digest
+from sdxl_core.models.recognise import refuse_differences, what_it_is
+from sdxl_core.models.weights import WeightFile, WeightFiles, Weights, component_files, header_digest, raw_bytes
 
-TINY = "tiny"
-_UNET_PROBE = "model.diffusion_model.input_blocks.0.0.weight"
-_VAE_PROBES = ("first_stage_model.encoder.conv_in.weight", "encoder.conv_in.weight")
+TINY: Preset = "tiny"
+TINY_MEAN_GAIN, TINY_LOGVAR = 50.0, -2.0
+OLD_SCALING_FACTOR = 0.18215  # Stable Diffusion 1 and 2, and what diffusers assumes where a config names none
 _CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -43,55 +57,56 @@ class SdxlModels:
 def load_models(
     base_model: str, *, parts: Collection[str] = MODEL_COMPONENTS, dtype: torch.dtype, seed: int = 0
 ) -> SdxlModels:
-    """Load the asked-for parts of a base model in evaluation mode.
+    """Load the asked-for parts of a base model in evaluation mode. All parts must be there, whole, asked for or not.
 
     Args:   base_model: `tiny` (random weights from `seed`), a single file or a diffusers folder.
-            parts: of unet, text_encoder, text_encoder_2, vae.   dtype: of all floating weights.
-    Raises: ConfigError: nothing there.   CheckpointError: not SDXL, cut short, keys missing or of wrong shape.
+            parts: of unet, text_encoder, text_encoder_2, vae.   dtype: of all weights.
+    Raises: ConfigError: nothing there, or a v-prediction model.
+            CheckpointError: not SDXL, cut short, or tensors are missing, unknown or of another shape.
     """
     wanted: list[Component] = [part for part in MODEL_COMPONENTS if part in parts]
     if base_model == TINY:
-        modules = {part: _random_module(part, seed, dtype) for part in wanted}
-        return SdxlModels(preset="tiny", **modules)
+        return SdxlModels(preset="tiny", **{part: _random_module(part, seed, dtype) for part in wanted})
     path = Path(base_model)
     if path.is_dir():
         return _load_folder(path, wanted, dtype)
-    file = WeightFile(path)
-    preset = _preset_of_unet(file)
-    loaded = {part: _from_single_file(file, part, preset, dtype) for part in wanted}
-    return SdxlModels(preset=preset, logit_scale=file.get(LOGIT_SCALE), **loaded)
+    return _load_single_file(path, wanted, dtype)
 
 
 def load_vae(vae: str, *, dtype: torch.dtype) -> Any:
-    """An AutoencoderKL from `tiny`, a single file (whole checkpoint, or a VAE in LDM or diffusers keys) or a folder.
+    """An AutoencoderKL in evaluation mode.
 
-    Raises: ConfigError, CheckpointError.
+    Args:   vae: `tiny`, a single file (whole checkpoint, or a VAE in LDM or diffusers keys), a diffusers folder or
+            its vae/.   dtype: of all weights.
+    Raises: ConfigError: nothing there.   CheckpointError: not SDXL's, cut short, or other tensors than it has.
     """
     if vae == TINY:
         return _random_module("vae", 0, dtype)
-    preset, state = _vae_state(vae)
-    return _fill("vae", preset, state, dtype, vae)
+    preset, tensors = _vae_tensors(vae)
+    return _fill("vae", preset, tensors, dtype)
 
 
 def vae_fingerprint(vae: str) -> str:
-    """SHA-256 over the VAE's tensors under their diffusers names: the same for the same VAE in any container.
+    """SHA-256 (64 hex digits) over a VAE's tensors: the same for the same VAE in any container `load_vae` reads.
 
-    Covers name, dtype, shape and bytes. Raises: ConfigError, CheckpointError.
+    Covers diffusers name, dtype, shape and bytes of each; reads nothing else of a checkpoint. Raises: as `load_vae`.
     """
-    state = _random_module("vae", 0, torch.float32).state_dict() if vae == TINY else _vae_state(vae)[1]
+    tensors = _random_module("vae", 0, torch.float32).state_dict() if vae == TINY else _vae_tensors(vae)[1]
     digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key]
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
 def model_fingerprint(base_model: str) -> str:
-    """A cheap identity of a base model, for the check whether a run may be resumed. Raises as `load_models`."""
+    """A cheap identity of a base model (headers, sizes, times; not the weights), to tell whether a run may resume.
+
+    Raises: ConfigError: nothing there.   CheckpointError: not safetensors, or cut short.
+    """
     if base_model == TINY:
-        configs = [str(sorted(component_config("tiny", part).items())) for part in MODEL_COMPONENTS]
-        return digest_of(TINY, *configs)
+        return digest_of(TINY, *(orjson.dumps(component_config(TINY, part)) for part in MODEL_COMPONENTS))
     path = Path(base_model)
     if not path.is_dir():
         return header_digest(path)
@@ -99,49 +114,134 @@ def model_fingerprint(base_model: str) -> str:
     return digest_of(*(header_digest(file) for file in files))
 
 
-def _vae_state(vae: str) -> tuple[Preset, dict[str, Tensor]]:
-    """The VAE's tensors under diffusers names, and the preset their shapes belong to."""
-    path = Path(vae)
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        tensors: Mapping[str, Tensor] = WeightFiles([WeightFile(file) for file in component_files(folder)])
-        probe = tensors["encoder.conv_in.weight"].shape[0] if "encoder.conv_in.weight" in tensors else 0
-        what = str(folder)
-    else:
-        file = WeightFile(path)
-        shapes = [file.shape(key) for key in _VAE_PROBES]
-        probe = next((shape[0] for shape in shapes if shape), 0)
-        tensors, what = file, f"{path} ({file.describe()})"
-    preset = next((p for p in PRESETS if component_config(p, "vae")["block_out_channels"][0] == probe), None)
+def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
+    file = WeightFile(path)
+    preset = _preset_of_checkpoint(file)
     if preset is None:
-        raise CheckpointError(f"{what}: holds no VAE of SDXL's shape. Name an SDXL checkpoint, its VAE, or tiny.")
-    wanted = _keys("vae", preset)
-    if "encoder.down_blocks.0.resnets.0.norm1.weight" in tensors:
-        return preset, {key: _matrix(tensors[key], wanted[key]) for key in wanted if key in tensors}
-    return preset, from_original("vae", tensors, preset, wanted)
+        raise CheckpointError(
+            f"{path}: not an SDXL checkpoint; it looks like {what_it_is(file.shapes)}. Name a single-file SDXL "
+            f"checkpoint (U-Net, both text encoders and VAE in one .safetensors), a diffusers folder, or tiny."
+        )
+    lacking = [part for part in MODEL_COMPONENTS if not any(key.startswith(prefix_of(part)) for key in file)]
+    if lacking:
+        raise CheckpointError(
+            f"{path}: has no {' and no '.join(lacking)}; it looks like {what_it_is(file.shapes)}. Training and saving "
+            f"need all parts: name a complete SDXL checkpoint."
+        )
+    if "v_pred" in file.shapes or file.metadata.get("modelspec.prediction_type", "").startswith("v"):
+        raise _v_prediction(path)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        prefix = prefix_of(part)
+        found = {key: shape for key, shape in file.shapes.items() if key.startswith(prefix)}
+        refuse_differences(str(path), part, found, _original_shapes(part, preset))
+    tensors: dict[str, Mapping[str, Tensor]] = {"vae": _named_vae(file, preset, str(path))}
+    tensors |= {
+        part: from_original(part, file, preset, _shapes(part, preset))
+        for part in wanted
+        if part != "vae"
+    }  # fmt: skip
+    modules = {part: _fill(part, preset, tensors.pop(part), dtype) for part in wanted}
+    return SdxlModels(preset=preset, logit_scale=file.get(LOGIT_SCALE), **modules)
 
 
-def _matrix(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A 1x1 convolution as the matrix it is, where a matrix is wanted."""
-    return tensor.reshape(shape) if tensor.ndim == 4 and len(shape) == 2 and tensor.shape[:2] == shape else tensor
+def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
+    parts = {part: _folder_weights(_subfolder(folder, part)) for part in MODEL_COMPONENTS}
+    shapes = parts["unet"].shapes
+    preset = _preset_of_unet(shapes.get("conv_in.weight"), shapes.get("add_embedding.linear_1.weight"))
+    if preset is None:
+        raise CheckpointError(f"{folder / 'unet'}: not SDXL's U-Net. Name a diffusers folder of an SDXL model.")
+    if _read_config(folder / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
+        raise _v_prediction(folder)
+    modules: dict[Component, Any] = {}
+    for part, weights in parts.items():
+        if part == "vae":
+            _refuse_scaling_factor(folder / part, preset)
+            tensors: Mapping[str, Tensor] = _named_vae(weights, preset, str(folder / part))
+        else:
+            names = folder_names(part, {key: key for key in weights})
+            found = {name: weights.shapes[key] for name, key in names.items()}
+            refuse_differences(str(folder / part), part, found, _shapes(part, preset))
+            tensors = {name: weights[key] for name, key in names.items()} if part in wanted else {}
+        if part in wanted:
+            modules[part] = _fill(part, preset, tensors, dtype)
+    return SdxlModels(preset=preset, **modules)
 
 
-def _preset_of_unet(file: WeightFile) -> Preset:
-    shape = file.shape(_UNET_PROBE)
-    for preset in PRESETS:
-        config = component_config(preset, "unet")
-        if shape and shape[:2] == (config["block_out_channels"][0], config["in_channels"]):
-            if file.describe() == "a U-Net without text encoders and VAE":
-                break
-            return preset
-    raise CheckpointError(
-        f"{file.path}: not an SDXL checkpoint; it looks like {file.describe()}. Name a single-file SDXL checkpoint "
-        f"(U-Net, both text encoders and VAE in one .safetensors), a diffusers folder, or tiny."
+def _v_prediction(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: a v-prediction model. Training here predicts the noise (epsilon), which would ruin it. Name a model "
+        f"of epsilon prediction, such as SDXL base 1.0."
     )
 
 
-def _from_single_file(file: WeightFile, part: Component, preset: Preset, dtype: torch.dtype) -> Any:
-    return _fill(part, preset, from_original(part, file, preset, _keys(part, preset)), dtype, str(file.path))
+def _vae_tensors(vae: str) -> tuple[Preset, dict[str, Tensor]]:
+    """The VAE's tensors under diffusers names, and the preset their shapes belong to."""
+    path = Path(vae)
+    if path.is_dir():
+        path = path / "vae" if (path / "vae").is_dir() else path
+        weights: Weights = _folder_weights(path)
+    else:
+        weights = WeightFile(path)
+    first = next((weights.shapes[key] for key in (f"{VAE_PREFIX}encoder.conv_in.weight", "encoder.conv_in.weight")
+                  if key in weights.shapes), (0,))  # fmt: skip
+    preset = next((p for p in PRESETS if component_config(p, "vae")["block_out_channels"][0] == first[0]), None)
+    holds_unet = any(key.startswith(UNET_PREFIX) for key in weights)
+    if preset is None or (holds_unet and _preset_of_checkpoint(weights) is None):
+        raise CheckpointError(
+            f"{path}: holds no VAE of SDXL; it looks like {what_it_is(weights.shapes)}. Name an SDXL checkpoint, an "
+            f"SDXL VAE (.safetensors or diffusers folder), or tiny."
+        )
+    _refuse_scaling_factor(path, preset)
+    return preset, _named_vae(weights, preset, str(path))
+
+
+def _named_vae(weights: Weights, preset: Preset, where: str) -> dict[str, Tensor]:
+    """A VAE under diffusers names, its attention as matrices. Raises: CheckpointError: other tensors than SDXL's."""
+    expected = _shapes("vae", preset)
+    keys = vae_file_keys(weights.shapes, preset, expected)
+    shapes = {name: weights.shapes[key] for name, key in keys.items()}
+    matrices = {name for name, shape in shapes.items() if is_vae_attention(name) and shape[2:] == (1, 1)}
+    shapes |= {name: shapes[name][:2] for name in matrices}
+    refuse_differences(where, "vae", shapes, expected)
+    tensors = {name: weights[keys[name]] for name in expected}
+    return {name: tensor[:, :, 0, 0] if name in matrices else tensor for name, tensor in tensors.items()}
+
+
+def _refuse_scaling_factor(vae_folder: Path, preset: Preset) -> None:
+    config = _read_config(vae_folder / "config.json")
+    factor = config.get("scaling_factor", OLD_SCALING_FACTOR) if config else None
+    expected = component_config(preset, "vae")["scaling_factor"]
+    if factor not in (None, expected):
+        raise CheckpointError(
+            f"{vae_folder}: its config.json says scaling_factor {factor}, SDXL's VAE has {expected}: the VAE of "
+            f"another model, whose latents SDXL cannot read. Name an SDXL VAE."
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = orjson.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}). Fetch it again.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _preset_of_checkpoint(weights: Weights) -> Preset | None:
+    names = ("input_blocks.0.0.weight", "label_emb.0.0.weight")
+    return _preset_of_unet(*(weights.shapes.get(UNET_PREFIX + name) for name in names))
+
+
+def _preset_of_unet(conv_in: tuple[int, ...] | None, add_embedding: tuple[int, ...] | None) -> Preset | None:
+    """The preset whose first convolution and size conditioning have these shapes."""
+    for preset in PRESETS:
+        config = component_config(preset, "unet")
+        first = (config["block_out_channels"][0], config["in_channels"])
+        inputs = config["projection_class_embeddings_input_dim"]
+        if conv_in and add_embedding and conv_in[:2] == first and add_embedding[1:] == (inputs,):
+            return preset
+    return None
 
 
 def _subfolder(folder: Path, part: Component) -> Path:
@@ -153,29 +253,23 @@ def _subfolder(folder: Path, part: Component) -> Path:
     return folder / part
 
 
-def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
-    unet = WeightFiles([WeightFile(file) for file in component_files(_subfolder(folder, "unet"))])
-    width = unet["conv_in.weight"].shape[0] if "conv_in.weight" in unet else 0
-    preset = next((p for p in PRESETS if component_config(p, "unet")["block_out_channels"][0] == width), None)
-    if preset is None or "add_embedding.linear_1.weight" not in unet:
-        raise CheckpointError(f"{folder / 'unet'}: not SDXL's U-Net. Name a diffusers folder of an SDXL model.")
-    modules: dict[Component, Any] = {}
-    for part in wanted:
-        if part == "vae":
-            modules[part] = load_vae(str(_subfolder(folder, part)), dtype=dtype)
-            continue
-        files = component_files(_subfolder(folder, part))
-        tensors = unet if part == "unet" else WeightFiles([WeightFile(file) for file in files])
-        modules[part] = _fill(part, preset, tensors, dtype, str(folder / part))
-    return SdxlModels(preset=preset, **modules)
+def _folder_weights(folder: Path) -> WeightFiles:
+    return WeightFiles([WeightFile(file) for file in component_files(folder)])
 
 
-def _keys(part: Component, preset: Preset) -> dict[str, torch.Size]:
+@cache
+def _shapes(part: Component, preset: Preset) -> Mapping[str, tuple[int, ...]]:
     """Names (as in a diffusers folder) and shapes of a component."""
     with torch.device("meta"):
         state = _new_module(part, preset).state_dict()
-    prefix = "text_model." if part == "text_encoder" and not any(key.startswith("text_model.") for key in state) else ""
-    return {prefix + key: tensor.shape for key, tensor in state.items()}
+    return {key: tuple(tensor.shape) for key, tensor in folder_names(part, state).items()}
+
+
+@cache
+def _original_shapes(part: Component, preset: Preset) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of a component in a single file."""
+    state = {key: torch.empty(shape, device="meta") for key, shape in _shapes(part, preset).items()}
+    return {key: tuple(tensor.shape) for key, tensor in to_original(part, state, preset).items()}
 
 
 def _new_module(part: Component, preset: Preset) -> Any:
@@ -194,49 +288,31 @@ def _random_module(part: Component, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * len(MODEL_COMPONENTS) + MODEL_COMPONENTS.index(part))
         module = _new_module(part, "tiny").eval()
+        if part == "vae":
+            _follow_the_picture(module)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
 
 
-def _fill(part: Component, preset: Preset, state: Mapping[str, Tensor], dtype: torch.dtype, where: str) -> Any:
-    """A module with these weights; they are cast one by one and never held twice."""
+def _follow_the_picture(vae: Any) -> None:
+    """Give the tiny VAE what a trained one has: means of SDXL's scale (std about 7) and a narrow posterior.
+
+    Freshly initialised, its means vary by 0.14 and its posterior by 1, so that a sample would be nothing but noise.
+    """
+    channels = vae.config.latent_channels
+    with torch.no_grad():
+        vae.quant_conv.weight[:channels] *= TINY_MEAN_GAIN
+        vae.quant_conv.weight[channels:] = 0
+        vae.quant_conv.bias[channels:] = TINY_LOGVAR
+
+
+def _fill(part: Component, preset: Preset, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """A module with these (checked) tensors, never held twice: it is made without weights, which are then assigned."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         module = _new_module(part, preset)
-    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    tensors = {key: tensor.to(dtype) for key, tensor in module_names(state, shapes).items()}
-    missing = sorted(shapes.keys() - tensors.keys())
-    unexpected = sorted(key for key in tensors.keys() - shapes.keys() if not ignorable(key))
-    wrong = [f"{key} is {tuple(tensors[key].shape)}, not {tuple(shapes[key])}" for key in shapes
-             if key in tensors and tensors[key].shape != shapes[key]]  # fmt: skip
-    problems = [
-        f"{len(found)} {what}, the first: {found[0]}"
-        for what, found in (("keys are missing", missing), ("keys are unknown", unexpected), ("shapes differ", wrong))
-        if found
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{where}: its {part} is not SDXL's: {'; '.join(problems)}. The file is damaged or of another model."
-        )
-    module.load_state_dict({key: tensors[key] for key in shapes}, strict=True, assign=True)
+    named = module_names({key: tensor.to(dtype) for key, tensor in tensors.items()}, module.state_dict())
+    module.load_state_dict(named, strict=True, assign=True)
     return module.eval()
-
-
-def single_file_state(models: SdxlModels) -> dict[str, Tensor]:
-    """Every tensor of a complete model under its single-file name.
-
-    Raises: ConfigError: a component is missing.
-    """
-    from sdxl_core.models.key_names import folder_names
-
-    result: dict[str, Tensor] = {}
-    for part in MODEL_COMPONENTS:
-        module = getattr(models, part)
-        if module is None:
-            raise ConfigError(f"a single file needs all of {', '.join(MODEL_COMPONENTS)}; {part} was not loaded.")
-        result |= to_original(part, folder_names(part, module.state_dict()), models.preset)
-    if models.logit_scale is not None:
-        result[LOGIT_SCALE] = models.logit_scale
-    return result

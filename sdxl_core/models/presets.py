@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, get_args
@@ -16,12 +15,11 @@ MODEL_COMPONENTS: tuple[Component, ...] = ("unet", "text_encoder", "text_encoder
 
 
 @cache
-def _read(preset: str, component: str) -> Mapping[str, Any]:
-    data = files("sdxl_core.models").joinpath("configs", preset, f"{component}.json").read_bytes()
-    config: dict[str, Any] = orjson.loads(data)
-    return config
+def _read(preset: Preset, component: Component) -> bytes:
+    return files("sdxl_core.models").joinpath("configs", preset, f"{component}.json").read_bytes()
 
 
 def component_config(preset: Preset, component: Component) -> dict[str, Any]:
     """A component's constructor arguments, as diffusers and transformers name them. A fresh dict each time."""
-    return dict(_read(preset, component))
+    config: dict[str, Any] = orjson.loads(_read(preset, component))
+    return config

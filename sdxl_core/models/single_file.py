@@ -1,32 +1,43 @@
-"""Writing SDXL: single-file .safetensors in the original key layout, or a diffusers folder."""
+"""Writing SDXL: one .safetensors file in the original key layout, or a diffusers folder. Streamed, tensor by tensor."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import orjson
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sdxl_core.errors import CheckpointError
-from sdxl_core.files import disk_errors, sha256_file, sync_files, write_atomic
-from sdxl_core.models.key_names import folder_names
-from sdxl_core.models.load import SdxlModels, single_file_state
-from sdxl_core.models.presets import MODEL_COMPONENTS
+from sdxl_core.errors import CheckpointError, ConfigError
+from sdxl_core.files import atomic_writer, write_atomic
+from sdxl_core.models.key_names import LOGIT_SCALE, folder_names, to_original
+from sdxl_core.models.load import SdxlModels
+from sdxl_core.models.presets import MODEL_COMPONENTS, component_config
+from sdxl_core.models.weights import raw_bytes
 from sdxl_core.refs import FileRef
 
 Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_FORMAT_NAMES: dict[Precision, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+FORMAT = {"format": "pt"}
 
 
 def modelspec_metadata(
-    *, title: str, resolution: str = "1024x1024", prediction_type: str = "epsilon"
+    *,
+    title: str,
+    resolution: str = "1024x1024",
+    prediction_type: Literal["epsilon", "v"] = "epsilon",
+    date: datetime | None = None,
 ) -> dict[str, str]:
-    """The modelspec fields that user interfaces read. Source: Stability AI's ModelSpec 1.0.1."""
+    """The metadata that user interfaces read. Source: Stability AI's ModelSpec 1.0.1.
+
+    Args:   resolution: "WIDTHxHEIGHT" in pixels.   date: when the model was made, with a time zone; left out: now.
+    """
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
@@ -34,57 +45,77 @@ def modelspec_metadata(
         "modelspec.title": title,
         "modelspec.resolution": resolution,
         "modelspec.prediction_type": prediction_type,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.date": (date or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
     }
 
 
 def save_single_file(path: Path, models: SdxlModels, *, precision: Precision, metadata: Mapping[str, str]) -> FileRef:
-    """Write a complete model as one .safetensors, whole or not at all.
+    """Write a complete model as one .safetensors in the original key layout, whole or not at all.
 
-    Raises: CheckpointError: a weight is not finite, or overflows in this precision.   DiskFullError.
+    Args:   models: all four parts, on any device and in any floating dtype.   precision: of every tensor in the file.
+    Raises: ConfigError: a part is missing.   CheckpointError: a weight is not finite, or too large for this precision
+            (nothing is written).   DiskFullError.   DataError: no permission.
     """
-    dtype = DTYPES[precision]
-    state = {key: _cast(key, tensor, dtype, precision) for key, tensor in single_file_state(models).items()}
-    _save_atomic(path, state, {"format": "pt", **metadata})
-    return FileRef(path=path, sha256=sha256_file(path), num_bytes=path.stat().st_size)
+    state: dict[str, Tensor] = {}
+    for part in MODEL_COMPONENTS:
+        module = getattr(models, part)
+        if module is None:
+            raise ConfigError(f"{path}: a checkpoint holds all of {', '.join(MODEL_COMPONENTS)}; {part} is not loaded.")
+        state |= to_original(part, folder_names(part, module.state_dict()), models.preset)
+    if models.logit_scale is not None:
+        state[LOGIT_SCALE] = models.logit_scale
+    return _write_safetensors(path, state, precision, FORMAT | dict(metadata))
 
 
 def save_diffusers_folder(path: Path, models: SdxlModels, *, precision: Precision) -> None:
-    """Write every component as diffusers and transformers lay it out (config.json and safetensors).
+    """Write every loaded part, and the scheduler's config, as diffusers and transformers lay them out.
 
-    Raises: CheckpointError, DiskFullError.
+    Each file is whole or not there. Raises: as `save_single_file`.
     """
     for part in MODEL_COMPONENTS:
         module = getattr(models, part)
-        state = {
-            key: _cast(key, tensor, DTYPES[precision], precision)
-            for key, tensor in folder_names(part, module.state_dict()).items()
+        if module is None:
+            continue
+        from_transformers = part.startswith("text_encoder")
+        name = "model.safetensors" if from_transformers else "diffusion_pytorch_model.safetensors"
+        _write_safetensors(path / part / name, folder_names(part, module.state_dict()), precision, FORMAT)
+        config = module.config.to_json_string(use_diff=False) if from_transformers else module.to_json_string()
+        write_atomic(path / part / "config.json", config.encode())
+    scheduler = orjson.dumps(component_config(models.preset, "scheduler"), option=orjson.OPT_INDENT_2)
+    write_atomic(path / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _write_safetensors(
+    path: Path, state: Mapping[str, Tensor], precision: Precision, metadata: Mapping[str, str]
+) -> FileRef:
+    """Header, then one tensor after the other, hashed on the way. Source: the safetensors format's README."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, tensor in state.items():
+        start, end = end, end + tensor.numel() * DTYPES[precision].itemsize
+        header[key] = {
+            "dtype": _FORMAT_NAMES[precision],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
         }
-        stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        _save_atomic(path / part / f"{stem}.safetensors", state, {"format": "pt"})
-        text = module.config.to_json_string() if part.startswith("text_encoder") else module.to_json_string()
-        write_atomic(path / part / "config.json", text.encode())
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    pieces: Iterator[Any] = (raw_bytes(_cast(path, key, tensor, precision)) for key, tensor in state.items())
+    digest, num_bytes = hashlib.sha256(), 0
+    with atomic_writer(path) as file:
+        for piece in chain((len(text).to_bytes(8, "little"), text), pieces):
+            file.write(piece)
+            digest.update(piece)
+            num_bytes += len(piece)
+    return FileRef(path=path, sha256=digest.hexdigest(), num_bytes=num_bytes)
 
 
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
-    cast = tensor.detach().to("cpu", dtype).contiguous()
+def _cast(path: Path, key: str, tensor: Tensor, precision: Precision) -> Tensor:
+    cast = tensor.detach().to(DTYPES[precision])
     if not torch.isfinite(cast).all():
         if torch.isfinite(tensor).all():
-            advice = "It is too large for this precision: set save_precision = bf16 or fp32."
+            advice = f"It is too large for {precision}: save in bf16 or fp32."
         else:
             advice = "Training has diverged: continue from an earlier state with a smaller learning rate."
-        raise CheckpointError(f"{key} holds values that are not finite in {precision}; nothing was written. {advice}")
-    return cast
-
-
-def _save_atomic(path: Path, state: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(state, partial, metadata=dict(metadata))
-            sync_files([partial])
-            os.replace(partial, path)
-            sync_files([path])
-        finally:
-            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: not written, because {key} holds values that are not finite. {advice}")
+    return cast.cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,11 +45,14 @@ def count_tokens(caption: str) -> int:
     return len(token_ids(caption))
 
 
-def tokenize(captions: Sequence[str], *, max_token_length: int) -> TokenIds:
-    """Tokens of every caption, cut to `max_token_length` (75, 150 or 225), in chunks as sd-scripts lays them out.
+def tokenize(captions: Sequence[str], *, max_token_length: Literal[75, 150, 225]) -> TokenIds:
+    """Tokens of every caption, cut to `max_token_length`, in chunks of 75 as sd-scripts lays them out.
 
-    Each chunk is [BOS] + 75 ids + [EOS or padding]; a caption that fills a chunk ends in EOS. Source: sd-scripts'
-    SdxlTokenizeStrategy, described in docs/differences.md.
+    A chunk is [BOS] + 75 ids + [the caption's very last id: EOS or padding]. For bigG, whose padding is 0, a chunk that
+    is full ends in EOS and a chunk that is empty begins with EOS. (0 is also the token of a "!" inside a word,
+    which this rule cannot tell from padding; it is sd-scripts' rule.)
+
+    Returns: int64 [B, max_token_length / 75, 77] an encoder.   Source: sd-scripts' SdxlTokenizeStrategy.
     """
     num_chunks = max_token_length // CHUNK
     ids = [token_ids(caption)[:max_token_length] for caption in captions]

@@ -1,4 +1,4 @@
-"""Reading weights from safetensors, one tensor at a time, with errors that say what the file is instead."""
+"""Reading weights from safetensors, one tensor at a time, and refusing what is not a whole safetensors file."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_core.errors import CheckpointError, ConfigError
+from sdxl_core.files import digest_of
 
-KINDS = "a .safetensors file, a diffusers folder, or tiny"
 MAX_HEADER_BYTES = 100_000_000
-_ARCHITECTURES = (
-    ("Stable Diffusion 1.x", ("cond_stage_model.transformer.",)),
-    ("Stable Diffusion 2.x", ("cond_stage_model.model.",)),
-    ("Stable Diffusion 3", ("model.diffusion_model.joint_blocks.", "joint_blocks.")),
-    ("Flux", ("model.diffusion_model.double_blocks.", "double_blocks.")),
-    ("a LoRA", ("lora_unet_", "lora_te", "unet.down_blocks.0.attentions")),
-    ("a diffusers U-Net without the rest (name its whole folder)", ("down_blocks.", "unet.down_blocks.")),
-)
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
-class WeightFile(Mapping[str, Tensor]):
-    """A safetensors file as a read-only mapping; a tensor is read from disk when it is asked for.
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name. `shapes` is known without reading a tensor."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class WeightFile(Weights):
+    """A safetensors file; a tensor is read from disk when it is asked for.
 
     Raises: ConfigError: no such file.   CheckpointError: not safetensors, or cut short.
     """
@@ -35,109 +41,105 @@ class WeightFile(Mapping[str, Tensor]):
         self.path = path
         _refuse_foreign(path)
         try:
-            file: Any = safe_open(path, framework="pt")
-            self._file, self._keys = file, set(file.keys())
+            self._file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: not a whole .safetensors file ({error}). A download or copy was probably cut short "
                 f"({path.stat().st_size} bytes are here); fetch it again."
             ) from error
+        header = orjson.loads(_header(path))
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
+        if key not in self.shapes:
             raise KeyError(key)
         tensor: Tensor = self._file.get_tensor(key)
         return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape without reading it, () where there is no such key."""
-        if key not in self._keys:
-            return ()
-        part: Any = self._file.get_slice(key)
-        return tuple(part.get_shape())
-
-    def describe(self) -> str:
-        """What the file seems to be, from its keys."""
-        for name, prefixes in _ARCHITECTURES:
-            if any(key.startswith(prefixes) for key in self._keys):
-                return name
-        heads = sorted({key.split(".")[0] for key in self._keys})
-        if set(heads) <= {"encoder", "decoder", "quant_conv", "post_quant_conv", "first_stage_model"}:
-            return "a VAE without the rest"
-        if heads == ["model"]:
-            return "a U-Net without text encoders and VAE"
-        return f"something else (its {len(self._keys)} keys begin with {', '.join(heads[:5])})"
-
-
-class WeightFiles(Mapping[str, Tensor]):
-    """Several safetensors files (a sharded component of a diffusers folder) as one mapping."""
+class WeightFiles(Weights):
+    """Several safetensors files (a component of a diffusers folder, perhaps sharded) as one mapping."""
 
     def __init__(self, files: list[WeightFile]) -> None:
         self._owner = {key: file for file in files for key in file}
+        self.shapes = {key: file.shapes[key] for key, file in self._owner.items()}
 
     def __getitem__(self, key: str) -> Tensor:
         return self._owner[key][key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owner)
-
-    def __len__(self) -> int:
-        return len(self._owner)
-
 
 def component_files(folder: Path) -> list[Path]:
-    """The weight files of one component's folder: single, fp16 variant or sharded; the full-precision one is preferred.
+    """The weight files of one component's folder: full precision before the fp16 variant, whole or sharded.
 
     Raises: CheckpointError: there is none, or a shard is missing.
     """
     for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(orjson.loads(index.read_bytes())["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).exists()]
-            if missing:
-                raise CheckpointError(f"{folder}: {missing[0]} is named in {index.name} but is not there; copy it too.")
-            return [folder / name for name in names]
-        for variant in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-            if (folder / variant).exists():
-                return [folder / variant]
+        for variant in ("", ".fp16"):
+            whole = folder / f"{stem}{variant}.safetensors"
+            if whole.exists():
+                return [whole]
+            for index in (f"{stem}.safetensors{variant}.index.json", f"{stem}.safetensors.index{variant}.json"):
+                if (folder / index).exists():
+                    return _sharded_files(folder / index)
     raise CheckpointError(
-        f"{folder}: there are no .safetensors weights in it (only .safetensors is read; .bin files are pickles and can "
-        f"run code). Save the model again with safe_serialization=True."
+        f"{folder}: there are no .safetensors weights in it (.bin files are pickles, which can run code when they are "
+        f"opened, and are not read). Save the model again with safe_serialization=True."
     )
 
 
+def _sharded_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(orjson.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not the index of a sharded model ({error!r}). Fetch it again.") from error
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise CheckpointError(f"{index}: names {missing[0]}, which is not there. Copy it into the folder, too.")
+    return [index.parent / name for name in names]
+
+
 def header_digest(path: Path) -> str:
-    """SHA-256 over a safetensors header with the file's size and modification time: a cheap identity."""
+    """SHA-256 over a safetensors header with the file's size and modification time: a cheap identity.
+
+    Raises: as `WeightFile`.
+    """
     WeightFile(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
     status = path.stat()
-    digest = hashlib.sha256(header)
-    digest.update(f"{status.st_size}|{status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    return digest_of(hashlib.sha256(_header(path)).digest(), status.st_size, status.st_mtime_ns)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's bytes in row-major order, as safetensors stores them; not copied if it lies like that already."""
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _header(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _refuse_foreign(path: Path) -> None:
     if not path.exists():
         raise ConfigError(
-            f"{path}: there is no such file or folder. Name a .safetensors file, a diffusers folder or tiny."
+            f"{path}: there is no such file or folder. Name a .safetensors file, a diffusers folder, or tiny; nothing "
+            f"is downloaded."
         )
-    with open(path, "rb") as file:
-        head = file.read(9)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}). Check what it is and its permissions."
+        ) from error
     if not head:
         raise CheckpointError(f"{path}: the file is empty. Fetch it again.")
-    if head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
+        return
+    if head.startswith((b"PK\x03\x04", b"\x80")) or path.suffix.lower() in _PICKLES:
         raise CheckpointError(
-            f"{path}: a pickle, which can run code when opened, so it is not read. Convert it to .safetensors first "
-            f"(any user interface's checkpoint merger can save as safetensors)."
+            f"{path}: a pickle, which can run code when it is opened, so it is not read. Convert it to .safetensors "
+            f"first (the checkpoint merger of any user interface can save as safetensors)."
         )
-    if len(head) < 9 or head[8:9] != b"{" or int.from_bytes(head[:8], "little") > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: not a .safetensors file. Name {KINDS}.")
+    raise CheckpointError(f"{path}: not a .safetensors file. Name a .safetensors file, a diffusers folder, or tiny.")
