@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 from sdxl_core.config import CacheLatentsConfig
@@ -103,7 +104,9 @@ def watch_progress(plan: LatentPlan, config: CacheLatentsConfig, progress: Progr
             if last:
                 return
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(
+        target=copy_context().run, args=(watch,), daemon=True
+    )  # the caller's run, in its artifacts
     watcher.start()
     try:
         yield

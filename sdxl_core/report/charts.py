@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 760, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
-COLOURS = ("#9db4c8", "#c8553d", "#30638e", "#edae49")
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40
+COLOURS = ("#30638e", "#c8553d", "#edae49", "#7b5ea7")
 
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
@@ -47,12 +47,12 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
     for number, (name, line) in enumerate(lines.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{1 + number}"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" opacity="0.8"/>')
         at = LEFT + 12 + 130 * number
         parts.append(
             f'<line x1="{at}" x2="{at + 22}" y1="{TOP + 6}" y2="{TOP + 6}" stroke="{colour}" stroke-width="3"/>'
         )
-        parts.append(f'<text x="{at + 28}" y="{TOP + 10}">{escape(name)}</text>')
+        parts.append(f'<text x="{at + 28}" y="19">{escape(name)}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts) + "</svg>"
 
@@ -66,7 +66,7 @@ def bar_chart(bars: Mapping[str, int]) -> str:
         y = 6 + row * number
         width = max(1.0, (WIDTH - 190) * count / most)
         parts.append(f'<text x="112" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect x="120" y="{y + 2}" width="{width:.1f}" height="{row - 6}" fill="{COLOURS[2]}" rx="2"/>')
+        parts.append(f'<rect x="120" y="{y + 2}" width="{width:.1f}" height="{row - 6}" fill="{COLOURS[0]}" rx="2"/>')
         parts.append(f'<text x="{126 + width:.1f}" y="{y + 14}">{count}</text>')
     return "".join(parts) + "</svg>"
 

@@ -26,6 +26,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 td, th { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid #e3e9ed; vertical-align: top; }
 img, svg { max-width: 100%; height: auto; background: #fff; border: 1px solid #e3e9ed; border-radius: 4px; }
 figure { display: inline-block; margin: 0 12px 12px 0; max-width: 256px; }
+td:first-child, td:last-child { white-space: nowrap; }
 figcaption { font-size: 13px; color: #5a6872; }
 code, pre { font-size: 13px; overflow-wrap: anywhere; } pre { background: #fff; padding: 12px; overflow-x: auto; }
 p.note { color: #5a6872; }
@@ -56,7 +57,7 @@ def write_report(out: Path) -> Path:
 
 def _summary(record: dict[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(stage['summary'])}</td><td>{escape(stage['finished'])}</td></tr>"
+        f"<tr><td>{escape(name)}</td><td>{escape(stage['summary'])}</td><td>{escape(stage['finished'][:16].replace('T', ' '))}</td></tr>"
         for name, stage in record["stages"].items()
     )
     return f"<table><tr><th>stage</th><th>result</th><th>finished (UTC)</th></tr>{rows}</table>"
@@ -82,7 +83,7 @@ def _latents(record: dict[str, Any]) -> str:
     sheet = contact_sheet(config, num_pictures=NUM_PICTURES_SHOWN)
     return (
         f'<h2>Pictures and their latents</h2><img alt="pictures beside their latents" src="{_data_url(sheet)}">'
-        '<p class="note">left as the VAE saw it, right the four latent channels in false colour</p>'
+        '<p class="note">left the picture, right its latents as cached (cropped to the bucket, four channels in false colour)</p>'
     )
 
 
