@@ -63,12 +63,15 @@ def undisturbed(cache: tuple[Path, Path], train: Train, tmp_path_factory: pytest
     return config
 
 
-@pytest.mark.parametrize("stops", [(1,), (3,), (2, 4)])
+@pytest.mark.parametrize("stops", [(1,), (2, 4)])
 def test_a_stopped_run_continues_bit_for_bit(
     train: Train, undisturbed: TrainConfig, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
-    """AdamW8bit, stochastic rounding, accumulation, dropout, shuffling, warm-up, trained encoders: all of it."""
-    config = undisturbed.model_copy(update={"out": tmp_path})
+    """AdamW8bit, stochastic rounding, accumulation, dropout, shuffling, warm-up, trained encoders: all of it.
+
+    And previews: the undisturbed run made some, these make none.
+    """
+    config = undisturbed.model_copy(update={"out": tmp_path, "sample_prompts": []})
     for done, stop in zip((0, *stops), stops, strict=False):
         assert not train(config, stop_at=stop - done)
         assert (config.out / "state" / f"step-{stop:08d}").is_dir()
@@ -200,8 +203,12 @@ def test_one_step_equals_a_plain_diffusers_script(train: Train, config: Configur
 
     assert scalars(ours)["loss"][0][1] == pytest.approx(loss.item(), rel=1e-5)
     trained = load_models(str(ours.out / "model" / "last.safetensors"), parts=("unet",), dtype=torch.float32).unet
-    for expected, actual in zip(models.unet.parameters(), trained.parameters(), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+    start, expected, actual = (
+        torch.nn.utils.parameters_to_vector(unet.parameters()).detach()
+        for unet in (load_models("tiny", parts=("unet",), dtype=torch.float32).unet, models.unet, trained)
+    )
+    error = torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected - start)
+    assert error < 1e-3, "a first AdamW step is a sign, so single elements with almost no gradient may differ"
 
 
 def test_loss_of_20_steps_is_golden(train: Train, config: Configure, request: pytest.FixtureRequest) -> None:
