@@ -1,6 +1,7 @@
 # make demo / make test do all the set-up by themselves: a .venv with the pinned packages, then the job.
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= out/demo
 
 .PHONY: setup demo test lint format clean
 
@@ -12,7 +13,7 @@ setup: .venv/.ready
 	@touch $@
 
 demo: setup
-	$(BIN)/sdxl-flows demo --out out/demo
+	$(BIN)/sdxl-flows demo --out $(OUT)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -82,6 +82,8 @@ def decode(data: bytes, *, compat: str, background: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if compat == "sd-scripts":
+                if image.mode == "P":
+                    image.info.pop("transparency", None)  # dropped either way; Pillow would warn about each picture
                 return np.array(image.convert("RGB"))
             transpose = TRANSPOSE.get(orientation(image))
             flat = _composite(_to_srgb(_to_eight_bits(image)), background)

@@ -53,8 +53,8 @@ def read_npz(path: Path) -> LatentRecord:
     Raises: ShardError: missing, torn, a checksum that does not fit, or not a latent file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            latents, size, crop = file["latents"], file["original_size"], file["crop_ltrb"]
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file, own_fid=False, allow_pickle=False) as arrays:
+            latents, size, crop = arrays["latents"], arrays["original_size"], arrays["crop_ltrb"]
     except FileNotFoundError as error:
         raise ShardError(f"{path}: the latents are gone. {REPAIR}") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
