@@ -21,15 +21,21 @@ class CaptionRules:
 def caption_text(sentence: str, tags: str, rules: CaptionRules, *, epoch: int, key: str) -> str:
     """The text of sample `key` in `epoch`: a pure function of its arguments.
 
-    The sentence, if there is one, comes first and whole, then the separator, then the tags. Without shuffling the
+    Of a text with several lines the first that is not blank counts (the others are often translations). The sentence,
+    if there is one, comes first and whole, then the separator, then the tags. Without shuffling the
     tags stay as written; with it they are split at the separator, the first `keep_tokens` stay in front.
     With probability `dropout_rate` the text is empty, which is what classifier-free guidance needs.
     """
     if rules.dropout_rate and uniform("caption dropout", rules.seed, epoch, key) < rules.dropout_rate:
         return ""
+    sentence, tags = _first_line(sentence), _first_line(tags)
     if rules.shuffle:
         tags = _shuffled(tags, rules, epoch=epoch, key=key)
     return rules.separator.join(part for part in (sentence, tags) if part)
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "")
 
 
 def _shuffled(tags: str, rules: CaptionRules, *, epoch: int, key: str) -> str:

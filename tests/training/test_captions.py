@@ -16,6 +16,7 @@ PLAIN = CaptionRules(separator=", ", shuffle=False, keep_tokens=0, dropout_rate=
         ("", "boat,sea , x", "boat,sea , x"),
         ("A boat.", "", "A boat."),
         ("", "", ""),
+        ("\nA boat.\nEin Boot.", "boat, sea\nBoot, See", "A boat., boat, sea"),
     ],
 )
 def test_sentence_and_tags_are_joined_as_written(sentence: str, tags: str, expected: str) -> None:
