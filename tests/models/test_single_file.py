@@ -96,7 +96,7 @@ def test_logit_scale_is_kept(tmp_path: Path, single_file: Path) -> None:
 def with_unet_value(tiny: SdxlModels, value: float) -> SdxlModels:
     unet = load_models("tiny", parts=("unet",), dtype=torch.float32).unet
     with torch.no_grad():
-        unet.conv_out.weight[0, 0, 0, 0] = value
+        unet.conv_out.weight[1, 2, 1, 1] = value
     return replace(tiny, unet=unet)
 
 
@@ -105,7 +105,9 @@ def with_unet_value(tiny: SdxlModels, value: float) -> SdxlModels:
     [
         (float("nan"), "fp32", "diverged"),
         (float("inf"), "bf16", "diverged"),
-        (70_000.0, "fp16", "bf16 or fp32"),
+        (float("-inf"), "fp16", "diverged"),
+        (float("nan"), "fp16", "diverged"),
+        (-70_000.0, "fp16", "bf16 or fp32"),
     ],
 )
 def test_values_that_are_not_finite_are_refused(
