@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -24,7 +25,7 @@ MIN_SECONDS_BETWEEN_UPDATES = 10.0
 
 
 class ProgressArtifact:
-    """A core `Progress` that draws one progress artifact, at most one update in 10 s."""
+    """A core `Progress` that draws one progress artifact and logs the same line, at most once in 10 s."""
 
     def __init__(self, key: str, description: str) -> None:
         self._key, self._description = key, description
@@ -40,6 +41,7 @@ class ProgressArtifact:
             self._last_update = now
             percent = 100.0 * done / total if total else 100.0
             text = f"{self._description}: {done} of {total}" + (f", {note}" if note else "")
+            get_run_logger().info(text)
             if self._artifact is None:
                 created = create_progress_artifact(progress=percent, key=self._key, description=text)
                 assert isinstance(created, UUID)
