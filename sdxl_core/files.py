@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdxl_core.errors import DataError, DiskFullError
+from sdxl_core.processes import process_start
+
+MAX_NAME_BYTES = 200  # file systems allow 255; a partial file's name is longer than the name it takes
 
 
 @contextmanager
@@ -40,7 +43,8 @@ def atomic_writer(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             caller syncs a whole group, see `sync_files`).
     Raises: DiskFullError, DataError (no permission).
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    name = path.name if len(os.fsencode(path.name)) <= MAX_NAME_BYTES else digest_of(path.name)
+    partial = path.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -61,6 +65,18 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes], *, sync: bool = True
     with atomic_writer(path, sync=sync) as file:
         for piece in (data,) if isinstance(data, bytes) else data:
             file.write(piece)
+
+
+def remove_stale_partials(folder: Path, *, name: str, recursive: bool = False) -> None:
+    """Remove what killed processes of this machine left of `atomic_writer`'s files.
+
+    Args:   name: pattern of the final file names ("*": all of them).   recursive: in sub-folders too.
+    """
+    pattern = f".{name}.*-*.partial"
+    for partial in folder.rglob(pattern) if recursive else folder.glob(pattern):
+        pid = partial.name.rsplit(".", 2)[1].partition("-")[0]
+        if pid.isdecimal() and process_start(int(pid)) is None:
+            partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -76,11 +76,16 @@ class MetadataRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeShardRef:
-    """A finished merge shard: `path` is its fragment of the JSON. seen = kept + rejected."""
+    """A finished merge shard: `path` is its fragment of the JSON, `rejected` its rejected rows. seen = kept + rejected.
+
+    `sha256`, `num_bytes`: of the fragment.
+    """
 
     index: int
     digest: str
     path: Path
+    sha256: str
+    num_bytes: int
     rejected: Path
     num_seen: int
     num_kept: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of
@@ -14,8 +15,7 @@ from sdxl_core.rejected import Rejected
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """A picture as listed. `name`: POSIX path below the source, with extension."""
 
     name: str
@@ -25,96 +25,181 @@ class ImageFile:
     @property
     def key(self) -> str:
         """Path below the source without the last extension."""
-        return os.path.splitext(self.name)[0]
+        return key_of(self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameListing:
+    """Names of the pictures below `source`, sorted as sd-scripts sorts; `rejected`: names that cannot be used.
+
+    `names` and `texts` are POSIX paths below the source; `texts`: every file with one of the asked text extensions.
+    """
+
+    source: Path
+    names: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+    texts: frozenset[str]
+
+    @property
+    def num_seen(self) -> int:
+        return len(self.names) + len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageListing:
-    """Every picture below `source`, sorted as sd-scripts sorts; `rejected`: names that cannot be used.
-
-    `texts`: name -> (size in bytes, mtime_ns) of every file with one of the text extensions that were asked for.
-    """
+    """As NameListing, with size and modification time of every picture."""
 
     source: Path
     images: tuple[ImageFile, ...]
     rejected: tuple[Rejected, ...]
-    texts: dict[str, tuple[int, int]]
+    texts: frozenset[str]
 
     @property
     def num_seen(self) -> int:
         return len(self.images) + len(self.rejected)
 
+    @property
     def digest(self) -> str:
         """Identity of the listing: names, sizes and modification times."""
         return digest_of(*(f"{image.name}|{image.num_bytes}|{image.mtime_ns}" for image in self.images))
 
     def ref(self) -> SourceRef:
-        return SourceRef(path=self.source, digest=self.digest(), num_images=len(self.images))
+        return SourceRef(path=self.source, digest=self.digest, num_images=len(self.images))
 
 
-def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: tuple[str, ...] = ()) -> ImageListing:
-    """List the pictures of a folder with one directory scan.
+def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tuple[str, ...] = ()) -> NameListing:
+    """List the pictures of a folder and, on the way, its text files: one directory scan, no file is touched.
 
     Order: by path parts, as sd-scripts' sorted `Path` objects. Of pictures that share folder and stem (1.png, 1.jpg)
     the first is kept: they share their text file and would share their latents.
-    Raises: ConfigError: `source` is no folder.   DataError: there is no picture in it.
+    Args:   stage: goes into the rejected rows.
+    Raises: ConfigError: `source` is no folder.   DataError: no picture in it, or a sub-folder that cannot be read.
     """
-    if not source.is_dir():
-        kind = "is a file, not a folder" if source.exists() else "does not exist"
-        raise ConfigError(f"source = {source}: {kind}. Name the folder that holds the pictures.")
-    found, texts = _scan(source, recursive=recursive, text_extensions=text_extensions)
-    if not found:
+    _check_source(source)
+    scan = _scan(source, recursive=recursive, text_extensions=text_extensions)
+    if not (scan.images or scan.dangling):
         where = "it and its sub-folders" if recursive else "it (sub-folders were not looked into: recursive = false)"
-        raise DataError(f"{source}: no pictures in {where}. Looked for {', '.join(IMAGE_EXTENSIONS)}.")
-    found.sort(key=lambda image: image.name.split("/"))
-    images: list[ImageFile] = []
-    rejected: list[Rejected] = []
+        raise DataError(f"{source}: no pictures in {where}. Looked for {', '.join(IMAGE_EXTENSIONS)}, in any case.")
+    rejected = [
+        Rejected(stage=stage, key=_shown(name), reason="not_a_file", detail="a link to nothing, or no regular file")
+        for name in _in_order(scan.dangling)
+    ]
+    names: list[str] = []
     owner: dict[str, str] = {}
-    for image in found:
-        try:
-            image.name.encode("utf-8")
-        except UnicodeEncodeError:
-            shown = image.name.encode("utf-8", "backslashreplace").decode()
+    for name in _in_order(scan.images):
+        first = owner.setdefault(key_of(name), name)
+        if not (name.isascii() or _is_utf8(name)):
             detail = "the file name is not valid UTF-8; rename the file"
-            rejected.append(Rejected(stage=stage, key=shown, reason="bad_file_name", detail=detail))
-            continue
-        first = owner.setdefault(image.key, image.name)
-        if first != image.name:
-            detail = f"{image.name} shares its name with {first}, which is used"
-            rejected.append(Rejected(stage=stage, key=image.name, reason="duplicate_key", detail=detail))
+            rejected.append(Rejected(stage=stage, key=_shown(name), reason="bad_file_name", detail=detail))
+        elif first is not name:
+            detail = f"{name} shares its name with {first}, which is used"
+            rejected.append(Rejected(stage=stage, key=name, reason="duplicate_key", detail=detail))
         else:
-            images.append(image)
-    return ImageListing(source=source, images=tuple(images), rejected=tuple(rejected), texts=texts)
+            names.append(name)
+    return NameListing(source=source, names=tuple(names), rejected=tuple(rejected), texts=scan.texts)
+
+
+def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: tuple[str, ...] = ()) -> ImageListing:
+    """As `list_names`, with the pictures' sizes and times. A picture that vanishes meanwhile was never there."""
+    listing = list_names(source, recursive=recursive, stage=stage, text_extensions=text_extensions)
+    images = _with_sizes(source, listing.names)
+    return ImageListing(source=source, images=tuple(images), rejected=listing.rejected, texts=listing.texts)
 
 
 def scan_images(source: Path) -> list[ImageFile]:
-    """Every picture below a folder in sd-scripts' order, without any check."""
-    found, _ = _scan(source, recursive=True, text_extensions=())
-    return sorted(found, key=lambda image: image.name.split("/"))
+    """Every picture below a folder in sd-scripts' order, without any check of names. Raises as `list_names`."""
+    _check_source(source)
+    return _with_sizes(source, _in_order(_scan(source, recursive=True, text_extensions=()).images))
 
 
-def _scan(
-    source: Path, *, recursive: bool, text_extensions: tuple[str, ...]
-) -> tuple[list[ImageFile], dict[str, tuple[int, int]]]:
-    found: list[ImageFile] = []
-    texts: dict[str, tuple[int, int]] = {}
-    todo = [("", os.fspath(source))]
+def key_of(name: str) -> str:
+    """A file's path without its last extension, as `pathlib` divides it: `.png` is all stem, `a.b.png` is `a.b`."""
+    dot = name.rfind(".")
+    return name[:dot] if dot > name.rfind("/") + 1 else name
+
+
+class _Scan(NamedTuple):
+    images: list[str]
+    dangling: list[str]
+    texts: frozenset[str]
+
+
+def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) -> _Scan:
+    """Walk a folder. Links to folders are followed, each folder once and under its own name where it has one below
+    the source: so loops end, and the result does not depend on the order of directory entries."""
+    images: list[str] = []
+    dangling: list[str] = []
+    texts: list[str] = []
+    folders, links = [""], list[str]()
     visited: set[tuple[int, int]] = set()
-    while todo:
-        prefix, folder = todo.pop()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a symbolic link that leads back
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+            link = links.pop()
+            if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(source / link)):
+                continue  # leads back up: everything it adds would lie outside the source
+            folders.append(link)
+        prefix = folders.pop()
+        try:
+            status = os.stat(source / prefix)
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(source / prefix) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if entry.is_file():
+                        if name.lower().endswith(IMAGE_EXTENSIONS):
+                            images.append(prefix + name)
+                        elif name.endswith(text_extensions):
+                            texts.append(prefix + name)
+                    elif entry.is_dir():
+                        if recursive:
+                            (links if entry.is_symlink() else folders).append(f"{prefix}{name}/")
+                    elif name.lower().endswith(IMAGE_EXTENSIONS):
+                        dangling.append(prefix + name)
+        except OSError as error:
+            raise DataError(
+                f"{source / prefix}: this folder cannot be read ({error.strerror}), so its pictures are unknown. "
+                f"Change its permissions, or move it out of {source}."
+            ) from error
+    return _Scan(images, dangling, frozenset(texts))
+
+
+def _in_order(names: list[str]) -> list[str]:
+    """By path parts: `b/1` comes before `b-c/1`, though "-" sorts before "/"."""
+    return sorted(names, key=lambda name: name.split("/")) if any("/" in name for name in names) else sorted(names)
+
+
+def _with_sizes(source: Path, names: tuple[str, ...] | list[str]) -> list[ImageFile]:
+    images: list[ImageFile] = []
+    prefix = os.path.join(source, "")
+    for name in names:
+        try:
+            status = os.stat(prefix + name)
+        except FileNotFoundError:
             continue
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if entry.name.lower().endswith(IMAGE_EXTENSIONS) and entry.is_file():
-                    stat = entry.stat()
-                    found.append(ImageFile(name, stat.st_size, stat.st_mtime_ns))
-                elif text_extensions and entry.name.endswith(text_extensions) and entry.is_file():
-                    stat = entry.stat()
-                    texts[name] = (stat.st_size, stat.st_mtime_ns)
-                elif recursive and entry.is_dir():
-                    todo.append((name + "/", entry.path))
-    return found, texts
+        except OSError as error:
+            raise DataError(f"{prefix}{name}: cannot be looked at ({error.strerror}).") from error
+        images.append(ImageFile(name, status.st_size, status.st_mtime_ns))
+    return images
+
+
+def _check_source(source: Path) -> None:
+    if not _is_utf8(str(source)):
+        raise ConfigError(f"source = {_shown(str(source))}: the path is not valid UTF-8; rename the folder.")
+    if not source.is_dir():
+        kind = "is a file, not a folder" if source.exists() else "does not exist"
+        raise ConfigError(f"source = {source}: {kind}. Name the folder that holds the pictures.")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -7,177 +7,226 @@ second run over unchanged files reads none of them again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
+from glob import escape
 from json.encoder import encode_basestring_ascii as quoted
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from sdxl_core.config import MergeTagsConfig
-from sdxl_core.dataset.listing import list_images
+from sdxl_core.dataset import forked
+from sdxl_core.dataset.listing import NameListing, key_of, list_names
 from sdxl_core.dataset.text import UnreadableText, read_text
-from sdxl_core.errors import ConfigError, DataError
-from sdxl_core.files import digest_of, sha256_file, write_atomic
+from sdxl_core.errors import ConfigError, DataError, ShardError
+from sdxl_core.files import digest_of, remove_stale_partials, sha256_file, write_atomic
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import MergeShardRef, MetadataRef, ShardRef, to_json
 from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
 
 STAGE = "merge"
-FORMAT = 1
-MIN_IMAGES_FOR_PROCESSES = 20_000
+FORMAT = 2
+MIN_IMAGES_A_PROCESS = 2_000  # below, a fork costs more than it saves (benchmarks/merge_tags.md)
 
 
 def merge_tags(config: MergeTagsConfig, *, progress: Progress = no_progress) -> MetadataRef:
-    """Plan, merge every shard (in processes where the folder is large) and join.
+    """Plan, merge every shard (in several processes where the folder is large) and join.
 
     Raises: ConfigError, DataError (no pictures; none with text), DiskFullError.
     """
     shards = plan_merge(config)
-    total, done, merged = shards[-1].stop, 0, []
-    work = partial(merge_shard, config=config)
-    if total < MIN_IMAGES_FOR_PROCESSES:
-        results: Iterator[MergeShardRef] = map(work, shards)
-        pool = None
-    else:
-        pool = ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1), get_context("spawn"))
-        results = pool.map(work, shards)
-    try:
-        for shard in results:
-            merged.append(shard)
-            done += shard.num_seen
-            progress("merge tags", done, total)
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    merged: list[MergeShardRef] = []
+    num_left = sum(shard.stop - shard.start for shard in shards if not shard_is_merged(shard, config))
+    count = forked.num_processes(min(len(shards), num_left // MIN_IMAGES_A_PROCESS))
+    for shard in forked.map_forked(partial(merge_shard, config=config), shards, count=count):
+        merged.append(shard)
+        progress("merge tags", shards[len(merged) - 1].stop, shards[-1].stop)
     return join_shards(config, merged)
 
 
 def plan_merge(config: MergeTagsConfig) -> list[ShardRef]:
     """List the pictures and cut them into at most `num_shards` contiguous shards.
 
-    A shard's digest covers the names, sizes and times of its text files, and the settings.
+    A shard's digest covers the names of its pictures, the sizes and times of their text files, and the settings; not
+    the pictures themselves, which merging does not open.
     Raises: ConfigError, DataError.
     """
-    if config.out.is_dir():
-        raise ConfigError(f"out = {config.out}: this is a folder; name the JSON file to write in it.")
+    _check_out(config.out)
     extensions = (config.tag_extension, config.caption_extension)
-    listing = list_images(config.source, recursive=config.recursive, stage=STAGE, text_extensions=extensions)
-    if not listing.images:
-        raise DataError(f"{config.source}: every picture was rejected, the first: {listing.rejected[0].detail}.")
+    listing = list_names(config.source, recursive=config.recursive, stage=STAGE, text_extensions=extensions)
+    if not listing.names:
+        raise DataError(
+            f"{config.source}: every picture was rejected, the first: {listing.rejected[0].key}: "
+            f"{listing.rejected[0].detail}."
+        )
     settings = config.model_dump_json(exclude={"out", "num_shards"})
-    num_shards = min(config.num_shards, len(listing.images))
-    shards = []
-    for index in range(num_shards):
-        start, stop = (len(listing.images) * i // num_shards for i in (index, index + 1))
-        rows = [
-            [image.name, *(listing.texts.get(image.key + extension) for extension in extensions)]
-            for image in listing.images[start:stop]
-        ]
-        rejected = [[row.key, row.reason, row.detail] for row in listing.rejected] if index == 0 else []
-        body = orjson.dumps({"rows": rows, "rejected": rejected})
-        digest = digest_of(FORMAT, settings, body)
-        path = work_folder(config) / f"{digest[:32]}.rows.json"
-        if not path.exists():
-            write_atomic(path, body, sync=False)
-        shards.append(ShardRef(index=index, start=start, stop=stop, digest=digest, path=path))
-    return shards
+    num_shards = min(config.num_shards, len(listing.names))
+    plan = partial(_plan_shard, config=config, listing=listing, settings=settings, num_shards=num_shards)
+    count = forked.num_processes(min(num_shards, len(listing.names) // MIN_IMAGES_A_PROCESS))
+    return list(forked.map_forked(plan, range(num_shards), count=count))
+
+
+def _plan_shard(
+    index: int, *, config: MergeTagsConfig, listing: NameListing, settings: str, num_shards: int
+) -> ShardRef:
+    """Look at the shard's text files and store its rows, unless they are merged already."""
+    start, stop = (len(listing.names) * i // num_shards for i in (index, index + 1))
+    names = listing.names[start:stop]
+    columns = {
+        "names": names,
+        "tags": _text_stats(config.source, names, listing.texts, config.tag_extension),
+        "captions": _text_stats(config.source, names, listing.texts, config.caption_extension),
+        "rejected": [[row.key, row.reason, row.detail] for row in listing.rejected] if index == 0 else [],
+    }
+    body = orjson.dumps(columns)
+    digest = digest_of(FORMAT, settings, body)
+    path = work_folder(config) / f"{digest[:32]}.rows.json"
+    shard = ShardRef(index=index, start=start, stop=stop, digest=digest, path=path)
+    if not shard_is_merged(shard, config) and not (path.exists() and path.read_bytes() == body):
+        write_atomic(path, body, sync=False)
+    return shard
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise ConfigError(f"out = {out}: this is a folder; name the JSON file to write in it.")
+    for parent in out.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ConfigError(f"out = {out}: {parent} is a file, not a folder. Choose another place.")
+            return
+
+
+def _text_stats(source: Path, names: Sequence[str], texts: frozenset[str], extension: str) -> list[int]:
+    """Size in bytes and mtime_ns of each picture's text file, one after the other; -1, -1 where there is none."""
+    prefix, stat = os.path.join(source, ""), os.stat
+    numbers: list[int] = []
+    for name in names:
+        text = key_of(name) + extension
+        if text not in texts:
+            numbers += (-1, -1)
+            continue
+        try:
+            status = stat(prefix + text)
+        except FileNotFoundError:
+            numbers += (-1, -1)
+        except OSError:
+            numbers += (0, 0)  # merge_shard meets the same failure and rejects the picture
+        else:
+            numbers += (status.st_size, status.st_mtime_ns)
+    return numbers
 
 
 def shard_is_merged(shard: ShardRef, config: MergeTagsConfig) -> bool:
-    """Whether the shard's fragment is there."""
-    return _result_path(shard).exists() and _fragment_path(shard).exists()
+    """Whether the shard's fragment and its rejected rows are there, with the size they were written with."""
+    return _finished(shard) is not None
 
 
 def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
     """Read one shard's text files into a fragment of the JSON; a finished fragment is not read again.
 
+    A text file that could not be read for reasons outside it (permissions, a failing disk) is rejected, and the shard
+    is not remembered as finished: the next run tries it again.
     Raises: DataError: the shard's listing is gone (the out folder was cleaned meanwhile).   DiskFullError.
     """
-    if shard_is_merged(shard, config):
-        return MergeShardRef(**orjson.loads(_result_path(shard).read_bytes()))
+    finished = _finished(shard)
+    if finished is not None:
+        return finished
     try:
         listing = orjson.loads(shard.path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, orjson.JSONDecodeError) as error:
         raise DataError(f"{shard.path}: the listing of shard {shard.index} is gone. Run the merge again.") from error
     rejected = [Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in listing["rejected"]]
     pieces: list[str] = []
-    num_empty = 0
-    for name, tags, caption in listing["rows"]:
-        entry = _entry(config, name, has_tags=tags is not None, has_caption=caption is not None)
+    num_empty, num_failed_reads = 0, 0
+    full_path, spelled = config.key_style == "full_path", str(config.source / "x")[:-1]
+    base = os.path.join(config.source, "")
+    for name, tags_size, caption_size in zip(
+        listing["names"], listing["tags"][::2], listing["captions"][::2], strict=True
+    ):
+        try:
+            entry = _entry(config, base, name, has_tags=tags_size >= 0, has_caption=caption_size >= 0)
+        except OSError as error:
+            num_failed_reads += 1
+            entry = _rejected(name, "unreadable_text", f"its text file cannot be read: {error.strerror}")
         if isinstance(entry, Rejected):
             rejected.append(entry)
             continue
         num_empty += not any(entry.values())
-        fields = ",\n".join(f'    "{field}": {quoted(text)}' for field, text in entry.items())
-        key = str(config.source / name) if config.key_style == "full_path" else os.path.splitext(name)[0]
+        fields = ",\n".join([f'    "{field}": {quoted(text)}' for field, text in entry.items()])
+        key = spelled + name if full_path else key_of(name)
         pieces.append(f"  {quoted(key)}: {{\n{fields}\n  }}")
     fragment = ",\n".join(pieces).encode("ascii")
     write_atomic(_fragment_path(shard), fragment)
-    update_rejected(_rejected_path(shard), STAGE, rejected)
+    if rejected:
+        update_rejected(_rejected_path(shard), STAGE, rejected)
     ref = MergeShardRef(
         index=shard.index,
         digest=shard.digest,
         path=_fragment_path(shard),
+        sha256=hashlib.sha256(fragment).hexdigest(),
+        num_bytes=len(fragment),
         rejected=_rejected_path(shard),
         num_seen=len(pieces) + len(rejected),
         num_kept=len(pieces),
         num_rejected=len(rejected),
         num_empty=num_empty,
     )
-    write_atomic(_result_path(shard), orjson.dumps(to_json(ref)))
+    if not num_failed_reads:
+        write_atomic(_result_path(shard), orjson.dumps(to_json(ref)))
     return ref
 
 
-def _entry(config: MergeTagsConfig, name: str, *, has_tags: bool, has_caption: bool) -> dict[str, str] | Rejected:
-    stem = config.source / os.path.splitext(name)[0]
+def _entry(
+    config: MergeTagsConfig, base: str, name: str, *, has_tags: bool, has_caption: bool
+) -> dict[str, str] | Rejected:
+    stem = base + key_of(name)
     entry: dict[str, str] = {}
     try:
         if has_caption:
-            entry["caption"] = read_text(f"{stem}{config.caption_extension}")
+            entry["caption"] = read_text(stem + config.caption_extension)
         if has_tags:
-            entry["tags"] = read_text(f"{stem}{config.tag_extension}")
+            entry["tags"] = read_text(stem + config.tag_extension)
     except UnreadableText as error:
-        return Rejected(stage=STAGE, key=_key(name), reason=error.reason, detail=str(error))
-    except OSError as error:
-        detail = f"its text file cannot be read: {error.strerror}"
-        return Rejected(stage=STAGE, key=_key(name), reason="unreadable_text", detail=detail)
+        return _rejected(name, error.reason, str(error))
     if not entry:
-        detail = f"there is no {stem.name}{config.tag_extension} or {config.caption_extension} beside {name}"
-        return Rejected(stage=STAGE, key=_key(name), reason="no_caption", detail=detail)
+        short = os.path.basename(stem)
+        detail = f"there is no {short}{config.tag_extension} or {short}{config.caption_extension} beside {name}"
+        return _rejected(name, "no_caption", detail)
     if config.empty_tags == "reject" and not any(entry.values()):
-        return Rejected(stage=STAGE, key=_key(name), reason="empty_caption", detail="its text files are empty")
+        return _rejected(name, "empty_caption", "its text files are empty")
     return entry
 
 
 def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> MetadataRef:
     """Stream the fragments into `config.out`; nothing is written where it holds exactly that already.
 
-    Raises: DataError: no picture has a text.   DiskFullError.
+    Raises: DataError: no picture has a text.   ShardError: a fragment is not as it was written.   DiskFullError.
     """
     num_kept = sum(shard.num_kept for shard in shards)
-    rejected = [row for shard in shards for row in read_rejected(shard.rejected)]
+    rejected = [row for shard in shards for row in _rejected_rows(shard)]
     rejected_path = config.out.parent / "rejected.jsonl"
+    known = [row for row in read_rejected(rejected_path) if row.stage == STAGE]
+    if known != rejected or not rejected_path.exists():
+        remove_stale_partials(rejected_path.parent, name=rejected_path.name)
+        update_rejected(rejected_path, STAGE, rejected)
     if not num_kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejected).items())
         raise DataError(
             f"{config.source}: none of its {sum(shard.num_seen for shard in shards)} pictures has a usable text "
-            f"({reasons}). Tags are looked for in F{config.tag_extension} beside F.png; see --tag-extension."
+            f"({reasons}; see {rejected_path}). Tags are looked for in F{config.tag_extension} beside F.png; "
+            f"see --tag-extension."
         )
-    pieces = _whole_json(shards)
-    size = sum(map(len, _whole_json(shards)))
-    if not (config.out.exists() and config.out.stat().st_size == size and _same(config.out, pieces)):
-        write_atomic(config.out, _whole_json(shards))
-    if [row for row in read_rejected(rejected_path) if row.stage == STAGE] != rejected:
-        update_rejected(rejected_path, STAGE, rejected)
+    sha256 = _write_whole_json(config.out, [shard for shard in shards if shard.num_kept])
     _remove_old_work(config, shards)
     return MetadataRef(
         path=config.out,
-        sha256=sha256_file(config.out),
+        sha256=sha256,
         num_seen=sum(shard.num_seen for shard in shards),
         num_kept=num_kept,
         num_rejected=len(rejected),
@@ -230,8 +279,20 @@ def work_folder(config: MergeTagsConfig) -> Path:
     return config.out.parent / f".{config.out.name}.work"
 
 
-def _key(name: str) -> str:
-    return os.path.splitext(name)[0]
+def _rejected(name: str, reason: str, detail: str) -> Rejected:
+    return Rejected(stage=STAGE, key=key_of(name), reason=reason, detail=detail)
+
+
+def _finished(shard: ShardRef) -> MergeShardRef | None:
+    """The finished shard as its result file tells it, None where a part of it is missing."""
+    try:
+        stored = MergeShardRef(**orjson.loads(_result_path(shard).read_bytes()))
+        there = _fragment_path(shard).stat().st_size
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
+    if there != stored.num_bytes or (stored.num_rejected and not _rejected_path(shard).exists()):
+        return None
+    return replace(stored, index=shard.index, path=_fragment_path(shard), rejected=_rejected_path(shard))
 
 
 def _fragment_path(shard: ShardRef) -> Path:
@@ -246,23 +307,64 @@ def _result_path(shard: ShardRef) -> Path:
     return shard.path.with_suffix("").with_suffix(".result.json")
 
 
+def _rejected_rows(shard: MergeShardRef) -> list[Rejected]:
+    try:
+        rows = read_rejected(shard.rejected) if shard.num_rejected else []
+    except (orjson.JSONDecodeError, TypeError):
+        rows = []
+    if len(rows) != shard.num_rejected:
+        raise _damaged(shard, shard.rejected)
+    return rows
+
+
+def _write_whole_json(out: Path, shards: Sequence[MergeShardRef]) -> str:
+    """Write `json.dumps(metadata, indent=2)` unless `out` holds those bytes. Returns their SHA-256."""
+    size = len("{\n") + len("\n}") + sum(shard.num_bytes for shard in shards) + len(",\n") * (len(shards) - 1)
+    if out.exists() and out.stat().st_size == size:
+        digest = hashlib.sha256()
+        for piece in _whole_json(shards):
+            digest.update(piece)
+        if sha256_file(out) == digest.hexdigest():
+            return digest.hexdigest()
+    remove_stale_partials(out.parent, name=escape(out.name))
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[bytes]:
+        for piece in _whole_json(shards):
+            digest.update(piece)
+            yield piece
+
+    write_atomic(out, hashed())
+    return digest.hexdigest()
+
+
 def _whole_json(shards: Sequence[MergeShardRef]) -> Iterator[bytes]:
-    """The bytes of `json.dumps(metadata, indent=2)`, in pieces."""
-    separator = b"{\n"
-    for shard in shards:
-        with open(shard.path, "rb") as file:
-            first = True
-            while piece := file.read(1 << 20):
-                if first:
-                    yield separator
-                    separator, first = b",\n", False
-                yield piece
+    """The bytes of the JSON, in pieces. Raises: ShardError: a fragment is not the one that was written."""
+    yield b"{\n"
+    for number, shard in enumerate(shards):
+        if number:
+            yield b",\n"
+        digest = hashlib.sha256()
+        try:
+            with open(shard.path, "rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+                    yield piece
+        except FileNotFoundError as error:
+            raise _damaged(shard, shard.path) from error
+        if digest.hexdigest() != shard.sha256:
+            raise _damaged(shard, shard.path)
     yield b"\n}"
 
 
-def _same(path: Path, pieces: Iterator[bytes]) -> bool:
-    with open(path, "rb") as file:
-        return all(file.read(len(piece)) == piece for piece in pieces)
+def _damaged(shard: MergeShardRef, path: Path) -> ShardError:
+    """The error for a shard whose stored files are not what was written; it is forgotten, so that it is redone."""
+    shard.path.with_suffix(".result.json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return ShardError(
+        f"{path}: this part of shard {shard.index} was changed or removed after it was written. Nothing was taken from "
+        f"it; run the same command again, it reads that shard's text files anew."
+    )
 
 
 def _remove_old_work(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> None:

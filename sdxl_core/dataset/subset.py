@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 
-import orjson
-
 from sdxl_core.config import SubsetConfig
+from sdxl_core.dataset.copies import Copies, CopyFailed
 from sdxl_core.dataset.listing import ImageFile, ImageListing, list_images
 from sdxl_core.dataset.query import TagQuery
 from sdxl_core.dataset.text import UnreadableText, normalise_tag, parse_tags, read_text
 from sdxl_core.errors import ConfigError, DataError
-from sdxl_core.files import atomic_writer, digest_of, write_atomic
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import SubsetRef
-from sdxl_core.rejected import Rejected, read_rejected, update_rejected
+from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
 
 STAGE = "subset"
-SETTINGS_FILE = ".subset.json"
+MAX_TAGS_SEARCHED = 20_000  # near misses are looked for among this many most frequent tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,74 +32,85 @@ class Selection:
 
 
 def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetRef:
-    """Copy every picture that the query picks; a second run copies only what is missing.
+    """Copy every picture that the query picks, with its text files; afterwards `out` holds these and no earlier picks.
 
-    Raises: ConfigError: a wrong query, or `out` belongs to another query.   DataError: nothing matches, or a file of
+    A second run copies what is missing or has changed in the source, and removes its own copies of what the query no
+    longer picks. Files that it did not write, or that were changed since, are never touched.
+    Raises: ConfigError: a wrong query, or `out` belongs to other settings.   DataError: nothing matches, or a file of
     another content is in the way.   DiskFullError.
     """
     query = TagQuery.parse(config.query)
     settings = _check_folders(config)
+    copies = Copies.open(config.source, config.out, settings=settings)
     extensions = (config.tag_extension, config.caption_extension)
     listing = list_images(config.source, recursive=config.recursive, stage=STAGE, text_extensions=extensions)
     selection = _select(config, listing, query, progress)
     if not selection.picked:
         raise DataError(_nothing_matches(config, listing, query, selection))
-    if not (config.out / SETTINGS_FILE).exists():
-        write_atomic(config.out / SETTINGS_FILE, orjson.dumps(settings))
-    for number, image in enumerate(selection.picked):
-        _copy_pair(config, listing, image)
-        progress("subset: copy", number + 1, len(selection.picked))
+    groups = [_files_of(config, listing, image) for image in selection.picked]
+    copies.begin([name for group in groups for name in group])
+    kept: list[ImageFile] = []
+    rejected = list(selection.rejected)
+    for number, (image, group) in enumerate(zip(selection.picked, groups, strict=True)):
+        try:
+            copies.copy(group)
+        except CopyFailed as error:
+            rejected.append(Rejected(stage=STAGE, key=image.key, reason="unreadable_file", detail=str(error)))
+        else:
+            kept.append(image)
+        progress("subset: copy", number + 1, len(groups))
     rejected_path = config.out / "rejected.jsonl"
-    if read_rejected(rejected_path) != list(selection.rejected):
-        update_rejected(rejected_path, STAGE, selection.rejected)
+    known = [row for row in read_rejected(rejected_path) if row.stage == STAGE]
+    if known != rejected or not rejected_path.exists():
+        update_rejected(rejected_path, STAGE, rejected)
+    copies.finish()
     return SubsetRef(
         path=config.out,
-        digest=digest_of(*(f"{image.name}|{image.num_bytes}|{image.mtime_ns}" for image in selection.picked)),
+        digest=copies.digest(),
         query=config.query,
         num_seen=listing.num_seen,
-        num_kept=len(selection.picked),
+        num_kept=len(kept),
         num_unmatched=selection.num_unmatched,
-        num_rejected=len(selection.rejected),
+        num_rejected=len(rejected),
         rejected=rejected_path,
-        parents=(listing.digest(),),
+        parents=(listing.digest,),
     )
 
 
 def _check_folders(config: SubsetConfig) -> dict[str, str]:
-    """Refuse an `out` that lies in the source or belongs to other settings. Returns the settings to remember."""
+    """Refuse folders that hold each other. Returns the settings that `out` belongs to."""
     source, out = config.source.resolve(), config.out.resolve()
     if out == source or source in out.parents:
         raise ConfigError(f"out = {config.out} lies inside source = {config.source}: a later run would see the copies.")
+    if out in source.parents:
+        raise ConfigError(
+            f"source = {config.source} lies inside out = {config.out}: whoever reads the subset would see all of the "
+            f"source too. Choose another out folder."
+        )
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"out = {config.out}: this is a file; name a folder for the copies.")
     names = ("query", "recursive", "tag_extension", "caption_extension")
-    settings = {"source": str(source)} | {name: str(getattr(config, name)) for name in names}
-    path = config.out / SETTINGS_FILE
-    old = orjson.loads(path.read_bytes()) if path.exists() else settings
-    for name, value in settings.items():
-        if old.get(name) != value:
-            raise ConfigError(
-                f"{config.out} holds a subset made with {name} = {old.get(name)!r}; now it is {value!r}. "
-                f"Choose another out folder, or delete this one."
-            )
-    return settings
+    return {"source": str(source)} | {name: str(getattr(config, name)) for name in names}
 
 
 def _select(config: SubsetConfig, listing: ImageListing, query: TagQuery, progress: Progress) -> Selection:
+    if not (query.wanted or query.unwanted):
+        return Selection(listing.images, 0, listing.rejected, Counter())
     picked: list[ImageFile] = []
     rejected = list(listing.rejected)
     counts: Counter[str] = Counter()
     num_unmatched = 0
     for number, image in enumerate(listing.images):
-        if config.query.strip():
-            tags = _tags(config, listing, image)
-            if isinstance(tags, Rejected):
-                rejected.append(tags)
-                continue
-            counts.update(tags)
-            if not query.matches(tags):
-                num_unmatched += 1
-                continue
-        picked.append(image)
         progress("subset: read tags", number + 1, len(listing.images))
+        tags = _tags(config, listing, image)
+        if isinstance(tags, Rejected):
+            rejected.append(tags)
+            continue
+        counts.update(tags)
+        if query.matches(tags):
+            picked.append(image)
+        else:
+            num_unmatched += 1
     return Selection(tuple(picked), num_unmatched, tuple(rejected), counts)
 
 
@@ -112,44 +120,33 @@ def _tags(config: SubsetConfig, listing: ImageListing, image: ImageFile) -> set[
         detail = f"there is no {os.path.basename(name)}, so the query cannot be answered"
         return Rejected(stage=STAGE, key=image.key, reason="no_caption", detail=detail)
     try:
-        return {normalise_tag(tag) for tag in parse_tags(read_text(config.source / name))}
+        text = read_text(config.source / name)
     except UnreadableText as error:
         return Rejected(stage=STAGE, key=image.key, reason=error.reason, detail=str(error))
+    except OSError as error:
+        detail = f"{os.path.basename(name)} cannot be read: {error.strerror}"
+        return Rejected(stage=STAGE, key=image.key, reason="unreadable_text", detail=detail)
+    return {normalise_tag(tag) for tag in parse_tags(text)}
 
 
 def _nothing_matches(config: SubsetConfig, listing: ImageListing, query: TagQuery, selection: Selection) -> str:
-    lines = [f"query {config.query!r} matches none of the {len(listing.images)} pictures in {config.source}."]
+    lines = [f"query {config.query!r} matches none of the {listing.num_seen} pictures in {config.source}."]
+    if selection.rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(selection.rejected).items())
+        lines.append(f"  {len(selection.rejected)} of them cannot be judged ({reasons}).")
+    known = [tag for tag, _ in selection.tag_counts.most_common(MAX_TAGS_SEARCHED)]
     for sign, tags in (("", query.wanted), ("-", query.unwanted)):
         for tag in tags:
             count = selection.tag_counts[tag]
-            line = f"  {sign}{tag}: {count} pictures have it"
-            near = difflib.get_close_matches(tag, selection.tag_counts, n=3, cutoff=0.6) if not count else []
+            line = f"  {sign}{tag}: {count} {'picture has' if count == 1 else 'pictures have'} it"
+            near = difflib.get_close_matches(tag, known, n=3, cutoff=0.6) if not count else []
             if near:
                 line += "; near it: " + ", ".join(f"{name} ({selection.tag_counts[name]})" for name in near)
             lines.append(line)
     return "\n".join(lines)
 
 
-def _copy_pair(config: SubsetConfig, listing: ImageListing, image: ImageFile) -> None:
-    _copy(config, image.name, image.num_bytes, image.mtime_ns)
-    for extension in (config.tag_extension, config.caption_extension):
-        name = image.key + extension
-        if name in listing.texts:
-            _copy(config, name, *listing.texts[name])
-
-
-def _copy(config: SubsetConfig, name: str, num_bytes: int, mtime_ns: int) -> None:
-    source, target = config.source / name, config.out / name
-    if target.exists():
-        there = target.stat()
-        if (there.st_size, there.st_mtime_ns) == (num_bytes, mtime_ns):
-            return
-        if source.read_bytes() != target.read_bytes():
-            raise DataError(
-                f"{target} exists with another content than {source}; it is not overwritten. Remove it, or choose "
-                f"another out folder."
-            )
-    else:
-        with open(source, "rb") as reading, atomic_writer(target, sync=False) as writing:
-            shutil.copyfileobj(reading, writing, 1 << 20)
-    os.utime(target, ns=(mtime_ns, mtime_ns))
+def _files_of(config: SubsetConfig, listing: ImageListing, image: ImageFile) -> list[str]:
+    """The names that belong to a picture, the picture last: where it is, its text files are too."""
+    texts = dict.fromkeys((image.key + config.tag_extension, image.key + config.caption_extension))
+    return [*(name for name in texts if name in listing.texts), image.name]

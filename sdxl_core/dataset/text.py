@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 MAX_TEXT_BYTES = 1_000_000
+_READ_BYTES = 16_384
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ESCAPED = re.compile(r"\\([()\[\]{}])")
 
 
@@ -21,22 +23,26 @@ class UnreadableText(ValueError):
 def read_text(path: Path | str) -> str:
     """A text file as sd-scripts reads it: UTF-8, universal newlines, stripped; a byte-order mark is removed.
 
-    Raises: UnreadableText: not UTF-8, NUL bytes, over 1 MB.   FileNotFoundError.
+    Raises: UnreadableText: not UTF-8, NUL bytes, over 1 MB.   OSError (FileNotFoundError, PermissionError, …).
     """
     handle = os.open(path, os.O_RDONLY)
     try:
-        data = os.read(handle, MAX_TEXT_BYTES + 1)
+        data = piece = os.read(handle, _READ_BYTES)
+        while piece and len(data) <= MAX_TEXT_BYTES:
+            piece = os.read(handle, _READ_BYTES)
+            data += piece
     finally:
         os.close(handle)
-    name = os.path.basename(path)
     if len(data) > MAX_TEXT_BYTES:
-        raise UnreadableText("text_too_long", f"{name} is larger than {MAX_TEXT_BYTES} bytes")
+        raise UnreadableText("text_too_long", f"{os.path.basename(path)} is larger than {MAX_TEXT_BYTES} bytes")
     if b"\0" in data:
-        raise UnreadableText("unreadable_text", f"{name} holds NUL bytes: a binary file, or one cut by a crash")
+        detail = f"{os.path.basename(path)} holds NUL bytes: a binary file, or one cut by a crash"
+        raise UnreadableText("unreadable_text", detail)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        raise UnreadableText("unreadable_text", f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        detail = f"{os.path.basename(path)} is not UTF-8 ({error.reason} at byte {error.start})"
+        raise UnreadableText("unreadable_text", detail) from None
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.strip()

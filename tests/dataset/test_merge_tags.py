@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import text as text_module
 from sdxl_core.dataset.metadata import merge_tags, plan_merge, read_metadata
-from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.refs import MetadataRef
 from sdxl_core.rejected import read_rejected
 
@@ -197,6 +198,9 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
         (b'{"a": 3}', "entry of 'a' is int"),
         (b'{"a": {"tags": 3}}', "tags that is not a text"),
         (b'{"a": {"train_resolution": [3]}}', "train_resolution"),
+        (b'{"a": {"train_resolution": [3, 0]}}', "train_resolution"),
+        (b'{"a": {"train_resolution": [3, true]}}', "train_resolution"),
+        (b'{"a": {"caption": null}}', "caption that is not a text"),
         (b"\x89PNG", "not valid JSON"),
     ],
 )
@@ -229,3 +233,127 @@ def test_a_merge_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> None
     assert merge_tags(config).num_kept == 1500
     assert (tmp_path / "out.json").read_text() == expected
     assert len(plan_merge(config)) == 40
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out.json", ".out.json.work", "rejected.jsonl"}
+    assert not list((tmp_path / ".out.json.work").glob(".*"))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    collection=st.dictionaries(
+        st.lists(stems, min_size=1, max_size=3).map("/".join), st.tuples(texts, texts), min_size=1, max_size=10
+    ),
+    num_shards=st.integers(1, 5),
+)
+def test_nested_folders_with_captions_give_the_bytes_of_sd_scripts(
+    tmp_path_factory: pytest.TempPathFactory, collection: dict[str, tuple[str, str]], num_shards: int
+) -> None:
+    folder = tmp_path_factory.mktemp("nested")
+    for stem, (tags, caption) in collection.items():
+        path = make(folder / "in", {f"{stem}-.png": tags}) / f"{stem}-.png"
+        path.with_suffix(".caption").write_bytes(caption.encode())
+    merge(folder / "in", folder / "out.json", key_style="full_path", num_shards=num_shards)
+    assert (folder / "out.json").read_text() == as_sd_scripts(folder / "in", full_path=True, recursive=True)
+
+
+@pytest.mark.parametrize("spelling", ["in", "./in", "in/", "../{here}/in", "."])
+def test_full_path_keys_are_spelled_as_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    source = make(tmp_path / "in", NESTED)
+    monkeypatch.chdir(source if spelling == "." else tmp_path)
+    given_path = Path(spelling.format(here=tmp_path.name))
+    merge(given_path, tmp_path / "out.json", key_style="full_path")
+    assert (tmp_path / "out.json").read_text() == as_sd_scripts(given_path, full_path=True, recursive=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", None])
+@pytest.mark.parametrize("kind", ["fragment", "result.json", "rejected.jsonl"])
+def test_damaged_work_is_never_taken(tmp_path: Path, kind: str, damage: bytes | None) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one", "b.png": None})
+    first = merge(folder, tmp_path / "out.json")
+    expected = (tmp_path / "out.json").read_bytes()
+    (path,) = [path for path in (tmp_path / ".out.json.work").glob(f"*.{kind}") if path.stat().st_size][-1:]
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage)
+    (tmp_path / "out.json").unlink()
+    with suppress(ShardError):
+        merge(folder, tmp_path / "out.json")
+    assert merge(folder, tmp_path / "out.json") == first
+    assert (tmp_path / "out.json").read_bytes() == expected
+
+
+def test_a_fragment_with_a_flipped_byte_is_told_and_redone(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one"})
+    merge(folder, tmp_path / "out.json")
+    expected = (tmp_path / "out.json").read_bytes()
+    (fragment,) = (tmp_path / ".out.json.work").glob("*.fragment")
+    fragment.write_bytes(fragment.read_bytes().replace(b"one", b"onf"))
+    with pytest.raises(ShardError, match="run the same command again"):
+        merge(folder, tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_bytes() == expected
+    merge(folder, tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_bytes() == expected
+
+
+def test_an_altered_output_is_written_again(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one"})
+    merge(folder, tmp_path / "out.json")
+    (tmp_path / "out.json").write_bytes((tmp_path / "out.json").read_bytes().replace(b"one", b"two"))
+    merge(folder, tmp_path / "out.json")
+    assert read_metadata(tmp_path / "out.json") == {"a": {"tags": "one"}}
+
+
+def test_a_text_that_could_not_be_read_is_tried_again_by_the_next_run(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one", "b.png": None})
+    (folder / "b.txt").symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
+    ref = merge(folder, tmp_path / "out.json", num_shards=1)
+    assert [row.reason for row in read_rejected(ref.rejected)] == ["unreadable_text"]
+    assert not list((tmp_path / ".out.json.work").glob("*.result.json"))
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").write_text("two")
+    assert merge(folder, tmp_path / "out.json", num_shards=1).num_kept == 2
+
+
+def test_an_out_that_cannot_be_is_told(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one"})
+    with pytest.raises(ConfigError, match="this is a folder"):
+        merge(folder, folder)
+    with pytest.raises(ConfigError, match=r"a\.txt is a file, not a folder"):
+        merge(folder, folder / "a.txt" / "deeper" / "out.json")
+
+
+SHARED = """
+import os, sys
+from pathlib import Path
+from sdxl_core.config import MergeTagsConfig
+from sdxl_core.dataset import forked, metadata
+
+def work(item):
+    if item == 3 and os.getpid() != parent:
+        os.kill(os.getpid(), 9)
+    return item * item, os.getpid()
+
+parent = os.getpid()
+results = list(forked.map_forked(work, range(8), count=2))
+assert [square for square, _ in results] == [item * item for item in range(8)], results
+pids = [pid for _, pid in results]
+assert pids[1] != parent, "the first odd item was done by the child"
+assert all(pids[item] == parent for item in (0, 2, 3, 4, 5, 6, 7)), "what the killed child left was done here"
+metadata.MIN_IMAGES_A_PROCESS = 1
+assert forked.num_processes(2) == min(2, len(os.sched_getaffinity(0)))
+ref = metadata.merge_tags(MergeTagsConfig(source=Path("in"), out=Path("forked.json"), num_shards=3))
+assert ref.num_kept == 6
+"""
+
+
+def test_processes_share_the_work_and_a_killed_one_costs_nothing(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", NESTED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    merge(folder, tmp_path / "serial.json", num_shards=1)
+    assert (tmp_path / "forked.json").read_bytes() == (tmp_path / "serial.json").read_bytes()

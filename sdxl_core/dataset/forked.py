@@ -1,0 +1,75 @@
+"""Map a function over items in forked processes; whatever a process does not deliver, the caller does itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def num_processes(num_wanted: int) -> int:
+    """How many processes can share work here: 1 where forking is unsafe (other threads run, or no /proc tells)."""
+    threads = Path("/proc/self/task")
+    if not threads.exists() or len(os.listdir(threads)) > 1:
+        return 1
+    return max(1, min(num_wanted, len(os.sched_getaffinity(0))))
+
+
+def map_forked(work: Callable[[T], R], items: Sequence[T], *, count: int) -> Iterator[R]:
+    """`work` of every item, in order, by `count` processes of which this one is the first.
+
+    A process that fails or is killed just ends: its missing results are computed here, so a failure is met under its
+    own name. Processes end with their parent, however it ends. Results must be picklable.
+    """
+    context = multiprocessing.get_context("fork")
+    parent = os.getpid()
+    running, readers = [], list[Connection]()
+    try:
+        for start in range(1, count):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_deliver, args=(work, items[start::count], writer, [*readers, reader], parent), daemon=True
+            )
+            process.start()
+            writer.close()
+            running.append(process)
+            readers.append(reader)
+        for index, item in enumerate(items):
+            owner = index % count
+            if owner and readers[owner - 1].closed:
+                yield work(item)
+            elif owner:
+                try:
+                    yield readers[owner - 1].recv()
+                except (EOFError, OSError):
+                    readers[owner - 1].close()
+                    yield work(item)
+            else:
+                yield work(item)
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+        for reader in readers:
+            reader.close()
+
+
+def _deliver(
+    work: Callable[[T], object], items: Sequence[T], writer: Connection, inherited: Sequence[Connection], parent: int
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
+    for reader in inherited:
+        reader.close()
+    with suppress(Exception):
+        for item in items:
+            if os.getppid() != parent:
+                return
+            writer.send(work(item))
