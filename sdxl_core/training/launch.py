@@ -105,12 +105,17 @@ def _trainer(config: TrainConfig, log: Path) -> Iterator[subprocess.Popen[bytes]
         "--num_cpu_threads_per_process", str(_threads(config)),
         "-m", "sdxl_core.training", "--config", str(state / "config.json"),
     ]  # fmt: skip
-    environment = os.environ | {
-        WATCH_STDIN: "1",
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    }
+    # Threads that spin while they wait make a busy machine many times slower (measured: 7 times on two cores).
+    environment = (
+        {"OMP_WAIT_POLICY": "PASSIVE"}
+        | os.environ
+        | {
+            WATCH_STDIN: "1",
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        }
+    )
     with disk_errors(log), open(log, "ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
