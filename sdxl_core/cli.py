@@ -84,10 +84,20 @@ def build_parser() -> argparse.ArgumentParser:
         _add_flow(command)
         add_options(command, stage.config)
 
+    _add_service(commands)
     _command(
         commands, "doctor", "what is installed, which GPUs, does bitsandbytes work here, what to do if not", _doctor
     )
     return parser
+
+
+def _add_service(commands: Any) -> None:
+    up = _command(commands, "up", "a Prefect server, every flow deployed, and a worker, until Ctrl-C", _up)
+    up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    up.add_argument("--port", type=int, default=4200, help="(default: 4200)")
+    up.add_argument("--detach", action="store_true", help="leave it running in the background")
+    _command(commands, "status", "what `up` has running", lambda _: sys.exit(service().status()))
+    _command(commands, "down", "end what `up` has started", lambda _: service().down())
 
 
 def _command(commands: Any, word: str, text: str, run: Any, **defaults: Any) -> argparse.ArgumentParser:
@@ -214,6 +224,16 @@ def flows_cli() -> Any:
             "this command runs a Prefect flow and Prefect is not installed here. Install it (pip install prefect "
             "'fastapi<0.151'), or use the stage commands without --flow: they need no Prefect."
         ) from error
+
+
+def service() -> Any:
+    """`flows.service.up`, imported only when asked for."""
+    flows_cli()
+    return import_module("flows.service.up")
+
+
+def _up(options: argparse.Namespace) -> None:
+    service().up(host=options.host, port=options.port, detach=options.detach)
 
 
 def _doctor(options: argparse.Namespace) -> None:

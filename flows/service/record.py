@@ -1,0 +1,50 @@
+"""Where a running service is noted: one small file that names its supervisor, so that `status` and `down` find it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+
+from sdxl_core.files import write_atomic
+from sdxl_core.processes import process_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceRecord:
+    """A started service. `pid`, `started`: the supervisor's identity (a reused pid has another start)."""
+
+    pid: int
+    started: str
+    url: str
+    ready: bool
+
+    def is_alive(self) -> bool:
+        return process_start(self.pid) == self.started
+
+
+def service_folder() -> Path:
+    """Where logs and the record live: $SDXL_FLOWS_HOME, else ~/.local/state/sdxl-flows."""
+    return Path(os.environ.get("SDXL_FLOWS_HOME") or Path.home() / ".local" / "state" / "sdxl-flows")
+
+
+def read_record() -> ServiceRecord | None:
+    """The record of a service that is alive, else None."""
+    try:
+        record = ServiceRecord(**orjson.loads((service_folder() / "service.json").read_bytes()))
+    except (FileNotFoundError, orjson.JSONDecodeError, TypeError):
+        return None
+    return record if record.is_alive() else None
+
+
+def write_record(*, url: str, ready: bool) -> None:
+    """Note this process as the supervisor."""
+    pid = os.getpid()
+    record = ServiceRecord(pid=pid, started=process_start(pid) or "", url=url, ready=ready)
+    write_atomic(service_folder() / "service.json", orjson.dumps(asdict(record)))
+
+
+def remove_record() -> None:
+    (service_folder() / "service.json").unlink(missing_ok=True)
