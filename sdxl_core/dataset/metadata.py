@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape
 from json.encoder import encode_basestring_ascii as quoted
@@ -141,27 +141,9 @@ def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
         listing = orjson.loads(shard.path.read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError) as error:
         raise DataError(f"{shard.path}: the listing of shard {shard.index} is gone. Run the merge again.") from error
-    rejected = [Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in listing["rejected"]]
-    pieces: list[str] = []
-    num_empty, num_failed_reads = 0, 0
-    full_path, spelled = config.key_style == "full_path", str(config.source / "x")[:-1]
-    base = os.path.join(config.source, "")
-    for name, tags_size, caption_size in zip(
-        listing["names"], listing["tags"][::2], listing["captions"][::2], strict=True
-    ):
-        try:
-            entry = _entry(config, base, name, has_tags=tags_size >= 0, has_caption=caption_size >= 0)
-        except OSError as error:
-            num_failed_reads += 1
-            entry = _rejected(name, "unreadable_text", f"its text file cannot be read: {error.strerror}")
-        if isinstance(entry, Rejected):
-            rejected.append(entry)
-            continue
-        num_empty += not any(entry.values())
-        fields = ",\n".join([f'    "{field}": {quoted(text)}' for field, text in entry.items()])
-        key = spelled + name if full_path else key_of(name)
-        pieces.append(f"  {quoted(key)}: {{\n{fields}\n  }}")
-    fragment = ",\n".join(pieces).encode("ascii")
+    merged = _merge_rows(config, listing)
+    rejected = [Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in listing["rejected"]] + merged.rejected
+    fragment = ",\n".join(merged.entries).encode("ascii")
     write_atomic(_fragment_path(shard), fragment)
     if rejected:
         update_rejected(_rejected_path(shard), STAGE, rejected)
@@ -172,35 +154,64 @@ def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
         sha256=hashlib.sha256(fragment).hexdigest(),
         num_bytes=len(fragment),
         rejected=_rejected_path(shard),
-        num_seen=len(pieces) + len(rejected),
-        num_kept=len(pieces),
+        num_seen=len(merged.entries) + len(rejected),
+        num_kept=len(merged.entries),
         num_rejected=len(rejected),
-        num_empty=num_empty,
+        num_empty=merged.num_empty,
     )
-    if not num_failed_reads:
+    if not merged.num_failed_reads:
         write_atomic(_result_path(shard), orjson.dumps(to_json(ref)))
     return ref
 
 
-def _entry(
-    config: MergeTagsConfig, base: str, name: str, *, has_tags: bool, has_caption: bool
-) -> dict[str, str] | Rejected:
-    stem = base + key_of(name)
-    entry: dict[str, str] = {}
-    try:
-        if has_caption:
-            entry["caption"] = read_text(stem + config.caption_extension)
-        if has_tags:
-            entry["tags"] = read_text(stem + config.tag_extension)
-    except UnreadableText as error:
-        return _rejected(name, error.reason, str(error))
-    if not entry:
-        short = os.path.basename(stem)
-        detail = f"there is no {short}{config.tag_extension} or {short}{config.caption_extension} beside {name}"
-        return _rejected(name, "no_caption", detail)
-    if config.empty_tags == "reject" and not any(entry.values()):
-        return _rejected(name, "empty_caption", "its text files are empty")
-    return entry
+@dataclass(slots=True)
+class _Merged:
+    """Entries as JSON text, rejected rows and counts of one shard."""
+
+    entries: list[str]
+    rejected: list[Rejected]
+    num_empty: int = 0
+    num_failed_reads: int = 0
+
+
+def _merge_rows(config: MergeTagsConfig, listing: dict[str, Any]) -> _Merged:
+    """Read the text files of a stored listing, in its order."""
+    merged = _Merged([], [])
+    full_path, spelled = config.key_style == "full_path", str(config.source / "x")[:-1]
+    base = os.path.join(config.source, "")
+    for name, tags_size, caption_size in zip(
+        listing["names"], listing["tags"][::2], listing["captions"][::2], strict=True
+    ):
+        key = key_of(name)
+        caption = tags = None
+        try:
+            if caption_size >= 0:
+                caption = read_text(base + key + config.caption_extension)
+            if tags_size >= 0:
+                tags = read_text(base + key + config.tag_extension)
+        except UnreadableText as error:
+            merged.rejected.append(_rejected(key, error.reason, str(error)))
+            continue
+        except OSError as error:
+            merged.num_failed_reads += 1
+            detail = f"its text file cannot be read: {error.strerror}"
+            merged.rejected.append(_rejected(key, "unreadable_text", detail))
+            continue
+        if not (tags or caption):
+            if tags is None and caption is None:
+                short = os.path.basename(key)
+                detail = f"there is no {short}{config.tag_extension} or {short}{config.caption_extension} beside {name}"
+                merged.rejected.append(_rejected(key, "no_caption", detail))
+                continue
+            if config.empty_tags == "reject":
+                merged.rejected.append(_rejected(key, "empty_caption", "its text files are empty"))
+                continue
+            merged.num_empty += 1
+        fields = f'    "tags": {quoted(tags)}' if tags is not None else ""
+        if caption is not None:
+            fields = f'    "caption": {quoted(caption)}' + (",\n" + fields if fields else "")
+        merged.entries.append(f"  {quoted(spelled + name if full_path else key)}: {{\n{fields}\n  }}")
+    return merged
 
 
 def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> MetadataRef:
@@ -279,8 +290,8 @@ def work_folder(config: MergeTagsConfig) -> Path:
     return config.out.parent / f".{config.out.name}.work"
 
 
-def _rejected(name: str, reason: str, detail: str) -> Rejected:
-    return Rejected(stage=STAGE, key=key_of(name), reason=reason, detail=detail)
+def _rejected(key: str, reason: str, detail: str) -> Rejected:
+    return Rejected(stage=STAGE, key=key, reason=reason, detail=detail)
 
 
 def _finished(shard: ShardRef) -> MergeShardRef | None:
