@@ -1,17 +1,17 @@
 """The SDXL trainer: started by `launch.launch_training`, run by `python -m sdxl_core.training` under accelerate.
 
-    launch.py         check inputs, start the processes, watch them, say how they ended
-    result.py         what makes two runs the same; the record that one is finished
-    training_set.py   the pictures, as meta_lat.json names them
-    __main__.py       one training process; processes.py: signals, the launching process's death, the outcome
-    loop.py           the run: load, step, log, save, finish; loss_average.py: avr_loss
-    parts.py          what trains at which rate, and back to a checkpoint; denoiser.py: the models as one module
-    batches.py        micro-batches, made ahead
-    order.py          which samples form which batch            pure
-    captions.py       which text a sample has in an epoch       pure
-    objective.py      noise, timesteps, loss                    pure
-    randomness.py     all random numbers, by what they are for  pure
-    optimizer.py      AdamW one parameter at a time; rounding.py: bf16 weights that move
-    state.py          what a run continues from
-    previews.py       pictures from prompts
+launch.py         check inputs, start the processes, watch them, say how they ended
+result.py         what makes two runs the same; the record that one is finished
+training_set.py   the pictures, as meta_lat.json names them
+__main__.py       one training process; processes.py: signals, the launching process's death, the outcome
+loop.py           the run: load, step, log, save, finish; loss_average.py: avr_loss
+parts.py          what trains at which rate, and back to a checkpoint; denoiser.py: the models as one module
+batches.py        micro-batches, made ahead
+order.py          which samples form which batch            pure
+captions.py       which text a sample has in an epoch       pure
+objective.py      noise, timesteps, loss                    pure
+randomness.py     all random numbers, by what they are for  pure
+optimizer.py      AdamW one parameter at a time; rounding.py: bf16 weights that move
+state.py          what a run continues from
+previews.py       pictures from prompts
 """

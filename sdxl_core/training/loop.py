@@ -151,8 +151,8 @@ class Run:
         )  # fmt: skip
         self._start_log()
         preview_at = set(preview_steps(config, self.total)) - {self.total}
+        began_s = time.monotonic()
         for step, batches in enumerate(self.batches.steps(self.start, self.total), self.start):
-            began_s = time.monotonic()
             result = self.step(step, batches, stop)
             done = step + 1
             self._report(step, result, seconds=time.monotonic() - began_s)
@@ -163,6 +163,7 @@ class Run:
             if result.stop and done < self.total:
                 logger.info("asked to stop: state saved at step %d of %d", done, self.total)
                 return False
+            began_s = time.monotonic()
         return True
 
     def step(self, step: int, batches: list[MicroBatch], stop: StopSignal) -> StepResult:
