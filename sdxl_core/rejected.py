@@ -30,10 +30,16 @@ def read_rejected(path: Path) -> list[Rejected]:
 
 
 def update_rejected(path: Path, stage: str, rows: Iterable[Rejected]) -> int:
-    """Replace one stage's rows in `rejected.jsonl`, keep the other stages' rows. Returns how many it wrote."""
-    others = [row for row in read_rejected(path) if row.stage != stage]
-    new = list(rows)
-    write_atomic(path, (_line(row) for row in others + new))
+    """Replace one stage's rows in `rejected.jsonl`, keep the other stages' rows and places. Returns how many it has.
+
+    What is there already is not written again; an empty list makes an empty file.
+    """
+    old, new = read_rejected(path), list(rows)
+    if path.exists() and [row for row in old if row.stage == stage] == new:
+        return len(new)
+    first = next((place for place, row in enumerate(old) if row.stage == stage), len(old))
+    before, after = ([row for row in part if row.stage != stage] for part in (old[:first], old[first:]))
+    write_atomic(path, (_line(row) for row in before + new + after))
     return len(new)
 
 

@@ -15,7 +15,7 @@ from sdxl_core import __version__
 from sdxl_core.config import JobConfig
 from sdxl_core.errors import DataError
 from sdxl_core.files import sha256_file, write_atomic
-from sdxl_core.refs import RunRef, to_json
+from sdxl_core.refs import RunRef, SubsetRef, to_json
 from sdxl_core.rejected import read_rejected, update_rejected
 from sdxl_core.report import write_report
 from sdxl_core.summary import describe
@@ -37,10 +37,11 @@ def versions() -> dict[str, str]:
 def record_stage(out: Path, stage: str, config: BaseModel, ref: Any) -> None:
     """Set one stage's entry in `out/run.json`, keep the others. An unchanged entry keeps its time.
 
-    What the stage rejected into a list of its own is copied into `out/rejected.jsonl`.
+    What a subset rejected into a list of its own is copied into `out/rejected.jsonl`.
     """
     path = out / "run.json"
-    _copy_rejected(out / "rejected.jsonl", ref)
+    if isinstance(ref, SubsetRef):
+        update_rejected(out / "rejected.jsonl", "subset", read_rejected(ref.rejected))
     record = read_run_record(path)
     entry = {
         "summary": describe(ref),
@@ -70,15 +71,6 @@ def finish_run(job: JobConfig) -> RunRef:
     report = write_report(job.out)
     checkpoint = Path(record["stages"]["train"]["result"]["file"]["path"])
     return RunRef(path=path, sha256=sha256_file(path), checkpoint=checkpoint, report=report)
-
-
-def _copy_rejected(path: Path, ref: Any) -> None:
-    source: Path | None = getattr(ref, "rejected", None)
-    if source is None or not source.exists() or source.resolve() == path.resolve():
-        return
-    rows = read_rejected(source)
-    for stage in {row.stage for row in rows}:
-        update_rejected(path, stage, [row for row in rows if row.stage == stage])
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from sdxl_core.latents.plan import LatentPlan, ledger_path, plan_latents
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import FileRef, LatentSetRef, LatentShardRef, ShardRef
-from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
+from sdxl_core.rejected import Rejected, count_reasons, update_rejected
 
 __all__ = [
     "LatentPlan",
@@ -127,8 +127,7 @@ def join_latents(config: CacheLatentsConfig, shards: Sequence[LatentShardRef]) -
         rows |= {row.key: row for row in ledger.rows()}
         rejected += [Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in ledger.rejected()]
     rejected_path = config.out / "rejected.jsonl"
-    if [row for row in read_rejected(rejected_path) if row.stage == STAGE] != rejected:
-        update_rejected(rejected_path, STAGE, rejected)
+    update_rejected(rejected_path, STAGE, rejected)
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejected).items())
         raise DataError(

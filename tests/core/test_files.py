@@ -56,3 +56,16 @@ def test_a_stage_replaces_only_its_own_rejections(tmp_path: Path) -> None:
     assert count_reasons(read_rejected(path)) == {"no_caption": 2, "undecodable": 1}
     update_rejected(path, "merge", [])
     assert [row.stage for row in read_rejected(path)] == ["latents"]
+
+
+def test_unchanged_rejections_are_not_written_again_and_stages_keep_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    rows = {stage: [Rejected(stage=stage, key="a", reason="no_caption", detail="x")] for stage in ("merge", "latents")}
+    for stage in ("merge", "latents"):
+        update_rejected(path, stage, rows[stage])
+    before = path.stat().st_mtime_ns
+    for stage in ("merge", "latents"):
+        update_rejected(path, stage, rows[stage])
+    assert path.stat().st_mtime_ns == before
+    update_rejected(path, "merge", rows["merge"] * 2)
+    assert [row.stage for row in read_rejected(path)] == ["merge", "merge", "latents"]
