@@ -105,7 +105,7 @@ def _trainer(config: TrainConfig, log: Path) -> Iterator[subprocess.Popen[bytes]
         "--num_cpu_threads_per_process", str(_threads(config)),
         "-m", "sdxl_core.training", "--config", str(state / "config.json"),
     ]  # fmt: skip
-    # Threads that spin while they wait make a busy machine many times slower (measured: 7 times on two cores).
+    # Threads that spin while they wait make a busy machine many times slower (measured: 2.4 times on two cores).
     environment = (
         {"OMP_WAIT_POLICY": "PASSIVE"}
         | os.environ
