@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape
+from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from sdxl_core.dataset import forked
 from sdxl_core.dataset.listing import NameListing, key_of, list_names
 from sdxl_core.dataset.text import UnreadableText, read_text
 from sdxl_core.errors import ConfigError, DataError, ShardError
-from sdxl_core.files import digest_of, remove_stale_partials, sha256_file, write_atomic
+from sdxl_core.files import atomic_writer, digest_of, remove_stale_partials, sha256_file, write_atomic
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import MergeShardRef, MetadataRef, ShardRef, to_json
 from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
 
 STAGE = "merge"
 FORMAT = 2
+ENTRIES_A_WRITE = 256  # more only fills memory
 MIN_IMAGES_A_PROCESS = 2_000  # below, a fork costs more than it saves (benchmarks/merge_tags.md)
 
 
@@ -141,42 +143,46 @@ def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
         listing = orjson.loads(shard.path.read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError) as error:
         raise DataError(f"{shard.path}: the listing of shard {shard.index} is gone. Run the merge again.") from error
-    merged = _merge_rows(config, listing)
-    rejected = [Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in listing["rejected"]] + merged.rejected
-    fragment = ",\n".join(merged.entries).encode("ascii")
-    write_atomic(_fragment_path(shard), fragment)
-    if rejected:
-        update_rejected(_rejected_path(shard), STAGE, rejected)
+    counts = _Counts([Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in listing["rejected"]])
+    entries = _entries(config, listing, counts)
+    digest, num_bytes, num_kept = hashlib.sha256(), 0, 0
+    with atomic_writer(_fragment_path(shard)) as file:
+        while batch := list(islice(entries, ENTRIES_A_WRITE)):
+            piece = (",\n" * bool(num_kept) + ",\n".join(batch)).encode("ascii")
+            file.write(piece)
+            digest.update(piece)
+            num_bytes += len(piece)
+            num_kept += len(batch)
+    if counts.rejected:
+        update_rejected(_rejected_path(shard), STAGE, counts.rejected)
     ref = MergeShardRef(
         index=shard.index,
         digest=shard.digest,
         path=_fragment_path(shard),
-        sha256=hashlib.sha256(fragment).hexdigest(),
-        num_bytes=len(fragment),
+        sha256=digest.hexdigest(),
+        num_bytes=num_bytes,
         rejected=_rejected_path(shard),
-        num_seen=len(merged.entries) + len(rejected),
-        num_kept=len(merged.entries),
-        num_rejected=len(rejected),
-        num_empty=merged.num_empty,
+        num_seen=num_kept + len(counts.rejected),
+        num_kept=num_kept,
+        num_rejected=len(counts.rejected),
+        num_empty=counts.num_empty,
     )
-    if not merged.num_failed_reads:
+    if not counts.num_failed_reads:
         write_atomic(_result_path(shard), orjson.dumps(to_json(ref)))
     return ref
 
 
 @dataclass(slots=True)
-class _Merged:
-    """Entries as JSON text, rejected rows and counts of one shard."""
+class _Counts:
+    """What one shard has besides its entries."""
 
-    entries: list[str]
     rejected: list[Rejected]
     num_empty: int = 0
     num_failed_reads: int = 0
 
 
-def _merge_rows(config: MergeTagsConfig, listing: dict[str, Any]) -> _Merged:
-    """Read the text files of a stored listing, in its order."""
-    merged = _Merged([], [])
+def _entries(config: MergeTagsConfig, listing: dict[str, Any], counts: _Counts) -> Iterator[str]:
+    """Read the text files of a stored listing, in its order: entries as JSON text; the rest goes into `counts`."""
     full_path, spelled = config.key_style == "full_path", str(config.source / "x")[:-1]
     base = os.path.join(config.source, "")
     for name, tags_size, caption_size in zip(
@@ -190,28 +196,27 @@ def _merge_rows(config: MergeTagsConfig, listing: dict[str, Any]) -> _Merged:
             if tags_size >= 0:
                 tags = read_text(base + key + config.tag_extension)
         except UnreadableText as error:
-            merged.rejected.append(_rejected(key, error.reason, str(error)))
+            counts.rejected.append(_rejected(key, error.reason, str(error)))
             continue
         except OSError as error:
-            merged.num_failed_reads += 1
+            counts.num_failed_reads += 1
             detail = f"its text file cannot be read: {error.strerror}"
-            merged.rejected.append(_rejected(key, "unreadable_text", detail))
+            counts.rejected.append(_rejected(key, "unreadable_text", detail))
             continue
         if not (tags or caption):
             if tags is None and caption is None:
                 short = os.path.basename(key)
                 detail = f"there is no {short}{config.tag_extension} or {short}{config.caption_extension} beside {name}"
-                merged.rejected.append(_rejected(key, "no_caption", detail))
+                counts.rejected.append(_rejected(key, "no_caption", detail))
                 continue
             if config.empty_tags == "reject":
-                merged.rejected.append(_rejected(key, "empty_caption", "its text files are empty"))
+                counts.rejected.append(_rejected(key, "empty_caption", "its text files are empty"))
                 continue
-            merged.num_empty += 1
+            counts.num_empty += 1
         fields = f'    "tags": {quoted(tags)}' if tags is not None else ""
         if caption is not None:
             fields = f'    "caption": {quoted(caption)}' + (",\n" + fields if fields else "")
-        merged.entries.append(f"  {quoted(spelled + name if full_path else key)}: {{\n{fields}\n  }}")
-    return merged
+        yield f"  {quoted(spelled + name if full_path else key)}: {{\n{fields}\n  }}"
 
 
 def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> MetadataRef:
