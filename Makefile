@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo up test test-system lint format clean
 
 setup: .venv/.ready
 
@@ -15,8 +15,14 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/sdxl-flows demo --out $(OUT)
 
+up: setup
+	$(BIN)/sdxl-flows up
+
 test: setup
 	$(BIN)/python -m pytest
+
+test-system: setup
+	$(BIN)/python -m pytest -m system tests/system
 
 lint: setup
 	$(BIN)/ruff check .

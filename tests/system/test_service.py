@@ -1,0 +1,135 @@
+"""`sdxl-flows up`: a real server and worker, started, used, hurt and ended."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.system
+ROOT = Path(__file__).parents[2]
+
+
+class Service:
+    """The command line over a service of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.environment = os.environ | {
+            "PREFECT_HOME": str(folder / "prefect"),
+            "SDXL_FLOWS_HOME": str(folder / "home"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+        }
+
+    def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sdxl_core.cli", *argv]
+        return subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    def prefect(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "prefect", *argv]
+        return subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    def processes(self) -> list[int]:
+        """Every process that was started with this service's home."""
+        mark = f"SDXL_FLOWS_HOME={self.folder / 'home'}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    if mark in (entry / "environ").read_bytes():
+                        found.append(int(entry.name))
+                except (FileNotFoundError, PermissionError, ProcessLookupError):
+                    continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(tmp_path_factory.mktemp("service"))
+    started = service.command("up", "--detach", "--port", str(service.port))
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield service
+    finally:
+        ended = service.command("down")
+        deadline = time.monotonic() + 30
+        while service.processes() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        left = service.processes()
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert "down" in ended.stdout and not left
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"never opened by merging")
+        (tmp_path / "in" / f"{number}.txt").write_text(f"tag {number}")
+    return tmp_path / "in"
+
+
+def merge_through_the_server(service: Service, source: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    parameters = f'{{"config": {{"source": "{source}", "out": "{out}"}}}}'
+    return service.prefect(
+        "deployment", "run", "merge-tags/merge-tags", "--params", parameters, "--watch", "--watch-interval", "1"
+    )
+
+
+def test_status_tells_what_runs_and_a_second_up_is_refused(service: Service) -> None:
+    status = service.command("status")
+    assert status.returncode == 0 and "server answers" in status.stdout and "online" in status.stdout
+    again = service.command("up", "--port", str(service.port))
+    assert again.returncode == 2 and "it runs already" in again.stderr
+
+
+def test_every_flow_is_deployed_and_a_misspelt_parameter_is_refused_at_submit(service: Service) -> None:
+    listed = service.prefect("deployment", "ls").stdout
+    assert all(name in listed for name in ("pipeline/", "subset/", "merge-tags/", "cache-latents/", "finetune/"))
+    refused = service.prefect(
+        "deployment", "run", "merge-tags/merge-tags", "--params", '{"config": {"source": "a", "out": "b", "shards": 3}}'
+    )
+    assert refused.returncode != 0 and "shards" in refused.stdout + refused.stderr
+
+
+def test_a_run_from_the_server_does_the_work(service: Service, pictures: Path, tmp_path: Path) -> None:
+    done = merge_through_the_server(service, pictures, tmp_path / "m.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "m.json").exists()
+
+
+def test_a_killed_worker_comes_back(service: Service, pictures: Path, tmp_path: Path) -> None:
+    workers = [pid for pid in service.processes() if b"worker\0start" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    done = merge_through_the_server(service, pictures, tmp_path / "m.json")
+    assert done.returncode == 0 and (tmp_path / "m.json").exists()
+
+
+def test_a_port_in_use_is_told(tmp_path: Path) -> None:
+    other = Service(tmp_path)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", other.port))
+        holder.listen()
+        refused = other.command("up", "--port", str(other.port))
+    assert refused.returncode == 2 and "cannot be used" in refused.stderr and "--port" in refused.stderr
+
+
+def test_exposing_the_server_without_a_password_is_refused(tmp_path: Path) -> None:
+    other = Service(tmp_path)
+    refused = other.command("up", "--host", "0.0.0.0", "--port", str(other.port))
+    assert refused.returncode == 2 and "PREFECT_SERVER_API_AUTH_STRING" in refused.stderr
