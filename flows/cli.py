@@ -15,6 +15,7 @@ from flows.pipeline import pipeline
 from flows.subset import subset
 from sdxl_core.cli import print_result
 from sdxl_core.config import JobConfig
+from sdxl_core.preflight import check_job
 from sdxl_core.refs import RunRef
 from sdxl_core.run_record import read_run_record, record_stage
 
@@ -36,6 +37,7 @@ def run_stage(name: str, config: Any, *, as_json: bool) -> None:
 
 def run_job(job: JobConfig, *, as_json: bool) -> None:
     """Run the whole path and say what it left."""
+    check_job(job)  # before the flow: a mistake needs no server to be told
     run: RunRef = pipeline(job)
     if as_json:
         print(orjson.dumps(read_run_record(run.path), option=orjson.OPT_INDENT_2).decode())

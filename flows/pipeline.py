@@ -7,12 +7,14 @@ from flows.finetune import finetune
 from flows.merge_tags import merge_tags
 from flows.subset import subset
 from sdxl_core.config import JobConfig
+from sdxl_core.preflight import check_job
 from sdxl_core.refs import RunRef
 from tasks.records import finish_run, record_stage
 
 
 @flow(name="pipeline", description=JobConfig.__doc__)
 def pipeline(job: JobConfig) -> RunRef:
+    check_job(job)
     source = job.source.path
     if job.subset.query:
         picked = subset(job.subset_config())

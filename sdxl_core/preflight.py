@@ -1,0 +1,30 @@
+"""What can be known to be wrong before a job of days begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdxl_core.config import JobConfig
+from sdxl_core.dataset.query import TagQuery
+from sdxl_core.devices import resolve_devices
+from sdxl_core.errors import ConfigError
+
+
+def check_job(job: JobConfig) -> None:
+    """Refuse a job whose paths, query or devices cannot be right; opens no picture and loads no model.
+
+    Raises: ConfigError: the key, the value and what to do.
+    """
+    if not job.source.path.is_dir():
+        kind = "is a file, not a folder" if job.source.path.exists() else "does not exist"
+        raise ConfigError(f"source.path = {job.source.path}: {kind}. Name the folder that holds the pictures.")
+    if job.out.exists() and not job.out.is_dir():
+        raise ConfigError(f"out = {job.out}: this is a file. Name a folder; it is made where it does not exist.")
+    TagQuery.parse(job.subset.query)
+    for key, value in (("latents.vae", job.latents.vae), ("train.base_model", job.train.base_model)):
+        if value != "tiny" and not Path(value).exists():
+            raise ConfigError(
+                f"{key} = {value}: there is no such file or folder. Name a .safetensors file, a diffusers folder, "
+                f"or tiny."
+            )
+    resolve_devices(job.latents.devices)
