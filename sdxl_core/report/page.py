@@ -56,11 +56,13 @@ def write_report(out: Path) -> Path:
 
 
 def _summary(record: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(stage['summary'])}</td><td>{escape(stage['finished'][:16].replace('T', ' '))}</td></tr>"
-        for name, stage in record["stages"].items()
-    )
+    rows = "".join(_summary_row(name, stage) for name, stage in record["stages"].items())
     return f"<table><tr><th>stage</th><th>result</th><th>finished (UTC)</th></tr>{rows}</table>"
+
+
+def _summary_row(name: str, stage: dict[str, Any]) -> str:
+    finished = stage["finished"][:16].replace("T", " ")
+    return f"<tr><td>{escape(name)}</td><td>{escape(stage['summary'])}</td><td>{escape(finished)}</td></tr>"
 
 
 def _buckets(record: dict[str, Any]) -> str:
@@ -83,7 +85,7 @@ def _latents(record: dict[str, Any]) -> str:
     sheet = contact_sheet(config, num_pictures=NUM_PICTURES_SHOWN)
     return (
         f'<h2>Pictures and their latents</h2><img alt="pictures beside their latents" src="{_data_url(sheet)}">'
-        '<p class="note">left the picture, right its latents as cached (cropped to the bucket, four channels in false colour)</p>'
+        '<p class="note">left the picture, right its latents as cached: cropped to the bucket, in false colour</p>'
     )
 
 
