@@ -9,6 +9,7 @@ from pathlib import Path
 
 import orjson
 
+from sdxl_core.errors import DataError
 from sdxl_core.files import write_atomic
 
 
@@ -23,10 +24,19 @@ class Rejected:
 
 
 def read_rejected(path: Path) -> list[Rejected]:
-    """The rows of a `rejected.jsonl`, [] where there is no such file."""
+    """The rows of a `rejected.jsonl`, [] where there is no such file.
+
+    Raises: DataError: a line that is none of ours.
+    """
     if not path.exists():
         return []
-    return [Rejected(**orjson.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
+    try:
+        return [Rejected(**orjson.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
+    except (orjson.JSONDecodeError, TypeError) as error:
+        raise DataError(
+            f"{path}: damaged, or not made by sdxl-flows ({error}). Delete it and run the same command again: what was "
+            f"rejected is known to the stages and is listed anew."
+        ) from error
 
 
 def update_rejected(path: Path, stage: str, rows: Iterable[Rejected]) -> int:

@@ -69,3 +69,9 @@ def test_unchanged_rejections_are_not_written_again_and_stages_keep_their_places
     assert path.stat().st_mtime_ns == before
     update_rejected(path, "merge", rows["merge"] * 2)
     assert [row.stage for row in read_rejected(path)] == ["merge", "merge", "latents"]
+
+
+def test_a_damaged_list_of_rejections_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rejected.jsonl").write_bytes(b'{"stage": "merge", "ke')
+    with pytest.raises(DataError, match=r"rejected\.jsonl: damaged"):
+        read_rejected(tmp_path / "rejected.jsonl")
