@@ -18,7 +18,8 @@ from sdxl_core.latents.npz import read_npz
 from sdxl_core.refs import LatentSetRef
 
 BAR_WIDTH = 40
-CELL_PX, GAP_PX, COLUMNS = 176, 8, 2
+CELL_PX, GAP_PX, LABEL_PX, COLUMNS = 176, 8, 10, 2
+CELL_WIDTH_PX = 2 * CELL_PX + 3 * GAP_PX
 # Four channels to red, green, blue: a fixed linear map, so that equal latents look equal on every sheet.
 FALSE_COLOUR = np.array([[0.6, 0.0, 0.2], [0.0, 0.6, 0.2], [0.0, 0.2, 0.6], [0.3, -0.3, 0.0]], dtype=np.float32)
 
@@ -36,11 +37,12 @@ def bucket_histogram_text(ref: LatentSetRef) -> str:
 def contact_sheet(config: CacheLatentsConfig, *, num_pictures: int) -> bytes:
     """A PNG: pictures of every bucket in turn, each beside its latents in false colour."""
     cells = [cell for row in _spread(config.out / "latents", num_pictures) if (cell := _cell(config, row)) is not None]
-    cell_width, cell_height = 2 * CELL_PX + 3 * GAP_PX, CELL_PX + 3 * GAP_PX + 10
-    num_rows = -(-len(cells) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * cell_width, max(1, num_rows) * cell_height), "#ffffff")
-    for number, cell in enumerate(cells):
-        sheet.paste(cell, (number % COLUMNS * cell_width, number // COLUMNS * cell_height))
+    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (COLUMNS * CELL_WIDTH_PX, max(1, sum(heights))), "#ffffff")
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (column * CELL_WIDTH_PX, sum(heights[:number])))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -74,15 +76,22 @@ def _cell(config: CacheLatentsConfig, row: LatentRow) -> Image.Image | None:
         return None
     if picture is None:
         return None
-    cell = Image.new("RGB", (2 * CELL_PX + 3 * GAP_PX, CELL_PX + 3 * GAP_PX + 10), "#ffffff")
-    for column, image in enumerate((picture, latents)):
-        scale = CELL_PX / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        cell.paste(image.resize(size, Image.Resampling.NEAREST), (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX))
-    name = row.key if len(row.key) <= 40 else "…" + row.key[-39:]
+    scaled = [_fit(image) for image in (picture, latents)]
+    height = max(image.height for image in scaled)
+    cell = Image.new("RGB", (CELL_WIDTH_PX, height + 3 * GAP_PX + LABEL_PX), "#ffffff")
+    for column, image in enumerate(scaled):
+        cell.paste(image, (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX))
+    name = row.key if len(row.key) <= 40 else "..." + row.key[-37:]
     label = f"{name}  {row.bucket[0]}x{row.bucket[1]}"
-    ImageDraw.Draw(cell).text((GAP_PX, CELL_PX + GAP_PX + 4), label.encode("ascii", "replace").decode(), fill="#33404a")
+    ImageDraw.Draw(cell).text((GAP_PX, height + GAP_PX + 4), label.encode("ascii", "replace").decode(), fill="#33404a")
     return cell
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """Scaled so that its longer side fills a cell, without smoothing."""
+    scale = CELL_PX / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def _picture(config: CacheLatentsConfig, row: LatentRow) -> Image.Image | None:

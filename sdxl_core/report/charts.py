@@ -49,9 +49,7 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         colour = COLOURS[number % len(COLOURS)]
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" opacity="0.8"/>')
         at = LEFT + 12 + 130 * number
-        parts.append(
-            f'<line x1="{at}" x2="{at + 22}" y1="{TOP + 6}" y2="{TOP + 6}" stroke="{colour}" stroke-width="3"/>'
-        )
+        parts.append(f'<rect x="{at}" y="14" width="22" height="3" fill="{colour}"/>')
         parts.append(f'<text x="{at + 28}" y="19">{escape(name)}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts) + "</svg>"
