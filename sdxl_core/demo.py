@@ -55,7 +55,7 @@ def demo_job(*, source: Path, out: Path) -> JobConfig:
             },
             "train": {
                 "base_model": "tiny",
-                "max_train_steps": 60,
+                "max_train_steps": 40,
                 "train_batch_size": 4,
                 "learning_rate": 2e-4,
                 "learning_rate_te1": 5e-5,
@@ -65,7 +65,7 @@ def demo_job(*, source: Path, out: Path) -> JobConfig:
                 "shuffle_caption": True,
                 "keep_tokens": 1,
                 "caption_dropout_rate": 0.1,
-                "save_every_steps": 30,
+                "save_every_steps": 20,
                 "sample_prompts": ["scenery, house, red, day, meadow", "scenery, boat, blue, sunset, sea"],
                 "sample_size_px": 256,
                 "log_prefix": "demo_",
