@@ -227,10 +227,8 @@ def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> Met
     num_kept = sum(shard.num_kept for shard in shards)
     rejected = [row for shard in shards for row in _rejected_rows(shard)]
     rejected_path = config.out.parent / "rejected.jsonl"
-    known = [row for row in read_rejected(rejected_path) if row.stage == STAGE]
-    if known != rejected or not rejected_path.exists():
-        remove_stale_partials(rejected_path.parent, name=rejected_path.name)
-        update_rejected(rejected_path, STAGE, rejected)
+    remove_stale_partials(rejected_path.parent, name=rejected_path.name)
+    update_rejected(rejected_path, STAGE, rejected)
     if not num_kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejected).items())
         raise DataError(
@@ -326,7 +324,7 @@ def _result_path(shard: ShardRef) -> Path:
 def _rejected_rows(shard: MergeShardRef) -> list[Rejected]:
     try:
         rows = read_rejected(shard.rejected) if shard.num_rejected else []
-    except (orjson.JSONDecodeError, TypeError):
+    except DataError:
         rows = []
     if len(rows) != shard.num_rejected:
         raise _damaged(shard, shard.rejected)

@@ -15,7 +15,7 @@ from sdxl_core.dataset.text import UnreadableText, normalise_tag, parse_tags, re
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import SubsetRef
-from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
+from sdxl_core.rejected import Rejected, count_reasons, update_rejected
 
 STAGE = "subset"
 MAX_TAGS_SEARCHED = 20_000  # near misses are looked for among this many most frequent tags
@@ -60,9 +60,7 @@ def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetR
             kept.append(image)
         progress("subset: copy", number + 1, len(groups))
     rejected_path = config.out / "rejected.jsonl"
-    known = [row for row in read_rejected(rejected_path) if row.stage == STAGE]
-    if known != rejected or not rejected_path.exists():
-        update_rejected(rejected_path, STAGE, rejected)
+    update_rejected(rejected_path, STAGE, rejected)
     copies.finish()
     return SubsetRef(
         path=config.out,

@@ -45,7 +45,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(make_job: Any, tmp_path: P
     )
     environment = os.environ | {
         "OUT": str(disk), "COPY": str(tmp_path / "copy"), "OPTIONS": options, "PYTHON": sys.executable,
-        "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }  # fmt: skip
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
