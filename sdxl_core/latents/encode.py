@@ -76,11 +76,13 @@ class Stopwatch:
 
 
 def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShardRef | None:
-    """A finished shard's reference if every file is as it was written, else None. Opens no picture and no latents."""
+    """A finished shard's reference if every file is as it was written, else None.
+
+    Opens no picture, and latents only where their time differs (a copied cache). The caller holds the output's lock.
+    """
     ledger = ShardLedger.read(ledger_path(shard))
-    if ledger.done is None or not all(row.is_there(config.out / "latents") for row in ledger.rows()):
-        return None
-    return _reference(shard, ledger)
+    ledger.settle(config.out / "latents")
+    return None if ledger.done is None else _reference(shard, ledger)
 
 
 def encode_shard(
@@ -95,9 +97,7 @@ def encode_shard(
     if finished is not None:
         progress("latents", finished.num_seen, finished.num_seen)
         return finished
-    latents = config.out / "latents"
     ledger = ShardLedger.read(ledger_path(shard))
-    ledger.drop_lost(latents)
     started, watch = time.monotonic(), Stopwatch()
     pictures, rejected = _select(shard, config)
     groups = groups_of_batches(pictures, config)

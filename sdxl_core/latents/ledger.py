@@ -1,19 +1,21 @@
 """What a shard has finished: one JSON line a commit group, appended after the group's files were synced.
 
-A line that was cut by a crash does not count, and neither does a row whose file is gone, or has another size or time
-than it was written with. The last line says that the whole shard is done.
+A line that was cut by a crash does not count, and neither does a row whose file is gone or altered (`settle`). The last
+line says that the whole shard is done.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from sdxl_core.errors import ShardError
 from sdxl_core.files import disk_errors, sync_folder, write_atomic
+from sdxl_core.latents.npz import read_npz
 
 LEDGER_FOLDER = ".ledger"
 
@@ -30,13 +32,20 @@ class LatentRow:
     bucket: tuple[int, int]
     ar_error: float
 
-    def is_there(self, latents: Path) -> bool:
-        """Whether the file is as it was written, by size and modification time."""
+    def mtime_on_disk(self, latents: Path) -> int | None:
+        """When its file was last written (ns), None where it is gone or of another size."""
         try:
             status = os.stat(latents / self.file)
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_mtime_ns if status.st_size == self.num_bytes else None
+
+    def holds_what_was_written(self, latents: Path) -> bool:
+        """Whether the file's latents have the recorded checksum; reads the file."""
+        try:
+            return read_npz(latents / self.file).crc32() == self.crc32
+        except ShardError:
             return False
-        return (status.st_size, status.st_mtime_ns) == (self.num_bytes, self.mtime_ns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +93,23 @@ class ShardLedger:
         planned = [(key, reason, detail) for key, reason, detail in (self.done or {}).get("rejected", [])]
         return planned + [row for number in sorted(self.groups) for row in self.groups[number].rejected]
 
-    def drop_lost(self, latents: Path) -> None:
-        """Forget the groups that have lost or altered files, and the closing record with them. Rewrites the file."""
-        kept = {n: group for n, group in self.groups.items() if all(row.is_there(latents) for row in group.rows)}
-        if len(kept) == len(self.groups):
+    def settle(self, latents: Path) -> None:
+        """Bring the ledger in line with the files on disk, rewriting it where they differ.
+
+        A file of the recorded size and time is believed. One of another time (a copied or restored cache) is read, and
+        believed if its checksum fits. A group that has lost a file is forgotten, and the closing record with it.
+        """
+        kept: dict[int, Group] = {}
+        for number, group in self.groups.items():
+            rows = [_believed(row, latents) for row in group.rows]
+            if None not in rows:
+                kept[number] = replace(group, rows=tuple(row for row in rows if row is not None))
+        if kept == self.groups:
             return
-        self.groups, self.done = kept, None
-        write_atomic(self.path, (_line(_group_record(kept[number])) for number in sorted(kept)))
+        self.done = self.done if len(kept) == len(self.groups) else None
+        self.groups = kept
+        records = [_group_record(kept[number]) for number in sorted(kept)]
+        write_atomic(self.path, map(_line, records + ([{"done": self.done}] if self.done is not None else [])))
 
     def add(self, group: Group) -> None:
         """Record a group whose files are synced."""
@@ -113,6 +132,15 @@ class ShardLedger:
                 os.fsync(file.fileno())
             if new:
                 sync_folder(self.path.parent)
+
+
+def _believed(row: LatentRow, latents: Path) -> LatentRow | None:
+    mtime_ns = row.mtime_on_disk(latents)
+    if mtime_ns == row.mtime_ns:
+        return row
+    if mtime_ns is not None and row.holds_what_was_written(latents):
+        return replace(row, mtime_ns=mtime_ns)
+    return None
 
 
 def _cut_torn_line(file: Any) -> None:

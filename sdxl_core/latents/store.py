@@ -32,9 +32,9 @@ class LatentStore:
         return self.folder / f"{stem}.npz"
 
     def has(self, key: str) -> bool:
-        """Whether the key's file is there; with a ledger, also whether it is as it was written (size and time)."""
+        """Whether the key's file is there, with a ledger in the size it was written with; `read` checks the content."""
         if key in self._rows:
-            return self._rows[key].is_there(self.folder)
+            return self._rows[key].mtime_on_disk(self.folder) is not None
         return self.path(key).is_file()
 
     def crc32(self, key: str) -> int | None:

@@ -136,7 +136,7 @@ def test_a_second_run_opens_no_picture_and_writes_nothing(make_job: Any) -> None
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", ["deleted", "altered", "cut"])
+@pytest.mark.parametrize("damage", ["deleted", "altered", "cut", "same size"])
 def test_latents_damaged_behind_our_back_are_made_again(make_job: Any, damage: str) -> None:
     config = make_job(collection(), shard_size=5, commit_size=3)
     cache_latents(config)
@@ -145,9 +145,35 @@ def test_latents_damaged_behind_our_back_are_made_again(make_job: Any, damage: s
     if damage == "deleted":
         victim.unlink()
     else:
-        victim.write_bytes(victim.read_bytes()[:-8] if damage == "cut" else b"\0" * 500)
+        whole = victim.read_bytes()
+        altered = whole[:400] + bytes([whole[400] ^ 1]) + whole[401:]
+        victim.write_bytes({"cut": whole[:-8], "altered": b"\0" * 500, "same size": altered}[damage])
     cache_latents(config)
     assert snapshot(config.out) == before
+
+
+def test_a_copied_cache_is_believed_by_its_checksums_and_not_made_again(
+    make_job: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = make_job(collection(), shard_size=5)
+    cache_latents(config)
+    copied = config.model_copy(update={"out": tmp_path / "copied"})
+    for path in sorted(config.out.rglob("*")):
+        if path.is_file():
+            target = copied.out / path.relative_to(config.out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    for path in copied.out.rglob("*.npz"):
+        os.utime(path, ns=(0, 10**18))
+
+    def no_encoding(*_: Any, **__: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Encoder, "encode", no_encoding)
+    assert cache_latents(copied).num_kept == 12
+    before = {path: path.stat().st_mtime_ns for path in copied.out.rglob("*") if path.is_file()}
+    cache_latents(copied)
+    assert {path: path.stat().st_mtime_ns for path in copied.out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -282,7 +308,6 @@ def test_training_never_sees_latents_that_were_not_committed(make_job: Any) -> N
         config.out / "latents" / "000.npz",
         latents=other.latents + 1, original_size=np.array([1, 1]), crop_ltrb=np.zeros(4),
     )  # fmt: skip
-    assert not store.has("000")
     with pytest.raises(ShardError, match="other latents than were committed"):
         store.read("000")
 
