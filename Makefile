@@ -19,7 +19,7 @@ up: setup
 	$(BIN)/sdxl-flows up
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-system: setup
 	$(BIN)/python -m pytest -m system tests/system
