@@ -7,18 +7,13 @@ paths between stages follow from `out`, so `JobConfig` nests the options.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from sdxl_core.sections import Extension, Section
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Extension = Annotated[str, Field(pattern=r"^\.[A-Za-z0-9]+$")]
-
-
-class Section(BaseModel):
-    """Frozen, and strict about names: a misspelt parameter is an error at submit, not a silent default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 class SourceOptions(Section):

@@ -163,3 +163,49 @@ def to_json(ref: Any) -> dict[str, Any]:
 
     result: dict[str, Any] = plain(asdict(ref))
     return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogPlanRef:
+    """What one part of a catalog will be read from. `digest`: identity of that content and of the settings.
+
+    `source`: position of the source.   `payload`: which rows of it, for the source's own reader.
+    """
+
+    index: int
+    source: int
+    digest: str
+    label: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogPartRef:
+    """A finished part of a catalog: `path` + .rows.arrow, .vocab.arrow, .rejected.jsonl. seen = kept + rejected."""
+
+    index: int
+    source: int
+    digest: str
+    path: Path
+    num_seen: int
+    num_kept: int
+    num_rejected: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogRef:
+    """A catalog. Rows seen = rows kept + rejected; `num_records` pictures are made of the rows kept.
+
+    `missing`: records without image, tags, caption, facts.   `conflicts`: records for which two sources had it.
+    """
+
+    path: Path
+    digest: str
+    num_records: int
+    num_tags: int
+    num_seen: int
+    num_rejected: int
+    missing: dict[str, int]
+    conflicts: dict[str, int]
+    rejected: Path
+    parents: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,20 @@ def update_rejected(path: Path, stage: str, rows: Iterable[Rejected]) -> int:
     before, after = ([row for row in part if row.stage != stage] for part in (old[:first], old[first:]))
     write_atomic(path, (_line(row) for row in before + new + after))
     return len(new)
+
+
+def write_rejected(path: Path, rows: Iterable[Rejected]) -> int:
+    """Write a whole list of rejections as it comes, without holding it. Returns how many rows it has."""
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield _line(row)
+
+    write_atomic(path, lines())
+    return count
 
 
 def count_reasons(rows: Iterable[Rejected]) -> dict[str, int]:

@@ -1,0 +1,288 @@
+"""Build a catalog: cut the sources into parts, read each part once, join them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sdxl_core.catalog.config import CatalogConfig, CatalogSource
+from sdxl_core.catalog.join import GROUPS, Joined, join_rows, keys_of, part_starts
+from sdxl_core.catalog.parts import Part, PartWriter, open_arrow, rows_path, vocab_path, write_arrow
+from sdxl_core.catalog.records import MANIFEST, Catalog, joined_path
+from sdxl_core.catalog.schema import FORMAT, VOCABULARY
+from sdxl_core.catalog.sources import reader_of, resolved
+from sdxl_core.catalog.sources.base import STAGE, rejected
+from sdxl_core.dataset import forked
+from sdxl_core.errors import DataError
+from sdxl_core.files import digest_of, remove_stale_partials, write_atomic
+from sdxl_core.lock import output_lock
+from sdxl_core.progress import Progress, no_progress
+from sdxl_core.refs import CatalogPartRef, CatalogPlanRef, CatalogRef, to_json
+from sdxl_core.rejected import Rejected, read_rejected, write_rejected
+
+
+def build_catalog(config: CatalogConfig, *, progress: Progress = no_progress) -> CatalogRef:
+    """Read all sources into `config.out`; what is read already and has not changed is not read again.
+
+    Raises: ConfigError: a source that is not there.   DataError: a source that cannot be understood, or nothing in it.
+    DiskFullError.
+    """
+    plans = plan_catalog(config)
+    count = forked.num_processes(min(config.processes or len(os.sched_getaffinity(0)), len(plans)))
+    parts: list[CatalogPartRef] = []
+    for part in forked.map_forked(partial(build_part, config=config), plans, count=count):
+        parts.append(part)
+        progress(STAGE, len(parts), len(plans), part.path.name[:8])
+    return join_catalog(config, parts)
+
+
+def plan_catalog(config: CatalogConfig) -> list[CatalogPlanRef]:
+    """What there is to read, in parts. Raises: ConfigError, DataError."""
+    work = config.out / "parts"
+    work.mkdir(parents=True, exist_ok=True)
+    plans: list[CatalogPlanRef] = []
+    for number, source in enumerate(config.sources):
+        source = resolved(source)
+        settings = source.model_dump_json(exclude={"path"})
+        for piece in reader_of(source).plan(source, work):
+            digest = digest_of(FORMAT, settings, piece.digest)
+            plans.append(
+                CatalogPlanRef(index=len(plans), source=number, digest=digest, label=piece.label, payload=piece.payload)
+            )
+    return plans
+
+
+def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
+    """Read one part; a finished one is answered without reading. Raises: DataError, DiskFullError."""
+    finished = finished_part(plan, config)
+    if finished is not None:
+        return finished
+    source = resolved(config.sources[plan.source])
+    path = _part_path(config.out, plan.digest)
+    with PartWriter(path, use=source.use) as writer:
+        refused = reader_of(source).read(source, plan.payload, writer)
+    write_rejected(_rejected_path(path), refused)
+    ref = CatalogPartRef(
+        index=plan.index,
+        source=plan.source,
+        digest=plan.digest,
+        path=path,
+        num_seen=writer.num_rows + len(refused),
+        num_kept=writer.num_rows,
+        num_rejected=len(refused),
+    )
+    sizes = [file.stat().st_size for file in _files(path)]
+    write_atomic(_result_path(path), orjson.dumps({"ref": to_json(ref), "sizes": sizes}))
+    return ref
+
+
+def finished_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef | None:
+    """The part as it was left, None where a file of it is missing or has another size."""
+    path = _part_path(config.out, plan.digest)
+    try:
+        stored = orjson.loads(_result_path(path).read_bytes())
+        if [file.stat().st_size for file in _files(path)] != stored["sizes"]:
+            return None
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
+    return CatalogPartRef(**{**stored["ref"], "index": plan.index, "source": plan.source, "path": path})
+
+
+def join_catalog(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
+    """Make one catalog of finished parts; what an earlier state had and this one has not is removed.
+
+    Raises: DataError: no row at all.   LockedError: another process joins this catalog just now.   DiskFullError.
+    """
+    if not any(part.num_kept for part in parts):
+        raise DataError(
+            f"{', '.join(str(source.path) for source in config.sources)}: nothing usable in "
+            f"{sum(part.num_seen for part in parts)} rows; {_first_rejection(parts)}"
+        )
+    settings = [resolved(source).model_dump(mode="json") for source in config.sources]
+    identity = digest_of(FORMAT, orjson.dumps(settings), *(f"{part.source}:{part.digest}" for part in parts))
+    with output_lock(config.out, purpose="joins a catalog"):
+        with suppress(FileNotFoundError, orjson.JSONDecodeError, KeyError):
+            stored = orjson.loads((config.out / MANIFEST).read_bytes())
+            if stored["digest"] == identity and _is_whole(config.out, stored):
+                return _ref(config.out, stored)
+        remove_stale_partials(config.out, name="*", recursive=True)
+        opened = [Part(part.path) for part in parts]
+        joined = join_rows(opened, [part.source for part in parts])
+        _write_joined(config.out, identity, opened, joined)
+        rows = _rejections(parts, config.sources, opened, joined)
+        num_rejected = write_rejected(config.out / "rejected.jsonl", rows)
+        stored = {
+            "format": FORMAT,
+            "digest": identity,
+            "sources": settings,
+            "parts": [{"digest": part.digest[:32], "source": part.source} for part in parts],
+            "num_records": joined.num_records,
+            "joined": identity,
+            "has_pointers": joined.pointers is not None,
+            "num_seen": sum(part.num_seen for part in parts),
+            "num_rejected": num_rejected,
+            "conflicts": joined.num_conflicts,
+            "missing": _missing(opened, joined),
+        }
+        write_atomic(config.out / MANIFEST, orjson.dumps(stored, option=orjson.OPT_INDENT_2))
+        _remove_old(config.out, stored)
+        return _ref(config.out, stored)
+
+
+def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joined) -> None:
+    """The vocabulary over all parts, each part's tags as positions in it, and the rows of every record."""
+    texts = pa.concat_arrays(
+        [
+            pc.binary_join_element_wise(
+                part.vocabulary["category"].cast(pa.large_string()),
+                part.vocabulary["tag"].cast(pa.large_string()),
+                pa.scalar("\0", pa.large_string()),
+            )
+            for part in parts
+        ]
+    ).dictionary_encode()
+    ends = np.cumsum([len(part.vocabulary) for part in parts])
+    maps = np.split(np.asarray(texts.indices).astype(np.uint32), ends[:-1])
+    spelled = texts.dictionary.cast(pa.string())
+    del texts
+    split = pc.split_pattern(spelled, "\0", max_splits=1)
+    counts = np.zeros(len(spelled), np.int64)
+    for part, ids in zip(parts, maps, strict=True):
+        counts[ids] += part.vocabulary["count"].to_numpy()
+    if joined.pointers is not None:
+        counts = _counts_of(parts, maps, joined.pointers["tags"], len(spelled))
+    vocabulary = pa.RecordBatch.from_arrays(
+        [
+            pc.list_element(split, 1) if len(spelled) else spelled,
+            pc.list_element(split, 0).cast(pa.uint8()) if len(spelled) else pa.array([], pa.uint8()),
+            pa.array(counts),
+        ],
+        schema=VOCABULARY,
+    )
+    write_arrow(joined_path(out, identity, "vocabulary"), vocabulary)
+    write_arrow(
+        joined_path(out, identity, "tag_map"),
+        pa.RecordBatch.from_arrays([pa.array(maps, pa.large_list(pa.uint32()))], names=["ids"]),
+    )
+    if joined.pointers is not None:
+        write_arrow(
+            joined_path(out, identity, "pointers"),
+            pa.RecordBatch.from_arrays(
+                [pa.array(rows.astype(np.int32)) for rows in joined.pointers.values()], names=list(joined.pointers)
+            ),
+        )
+
+
+def _counts_of(
+    parts: Sequence[Part], maps: Sequence[np.ndarray[Any, Any]], rows: np.ndarray[Any, Any], num_tags: int
+) -> np.ndarray[Any, Any]:
+    """How many records have each tag, where only some rows' tags are used. `rows`: one row number a record, or -1."""
+    counts = np.zeros(num_tags, np.int64)
+    starts = part_starts(parts)
+    rows = np.sort(rows)
+    for number, (part, ids) in enumerate(zip(parts, maps, strict=True)):
+        begin, end = np.searchsorted(rows, starts[number : number + 2])
+        tags = part.rows["tags"].take(pa.array(rows[begin:end] - starts[number])).flatten().to_numpy()
+        counts += np.bincount(ids[tags], minlength=num_tags)
+    return counts
+
+
+def _missing(parts: Sequence[Part], joined: Joined) -> dict[str, int]:
+    """Records that have no image, facts, tags, caption."""
+    if joined.pointers is not None:
+        return {group: int((joined.pointers[group] < 0).sum()) for group in GROUPS}
+    shown_by = {**GROUPS, "image": ("image",), "tags": ("tags",)}
+    return {
+        group: int(
+            sum(
+                np.logical_and.reduce([np.asarray(part.rows[column].is_null()) for column in columns]).sum()
+                for part in parts
+            )
+        )
+        for group, columns in shown_by.items()
+    }
+
+
+def _rejections(
+    refs: Sequence[CatalogPartRef], sources: Sequence[CatalogSource], parts: Sequence[Part], joined: Joined
+) -> Iterator[Rejected]:
+    for ref in refs:
+        if ref.num_rejected:
+            yield from read_rejected(_rejected_path(ref.path))
+    starts = part_starts(parts)
+    for begin in range(0, len(joined.duplicates), 65_536):
+        rows = joined.duplicates[begin : begin + 65_536]
+        for row, key in zip(rows, keys_of(parts, starts, rows), strict=True):
+            source = sources[refs[int(np.searchsorted(starts, row, "right")) - 1].source]
+            yield rejected(key, "duplicate_key", f"{source.path} names it more than once; its first row is used")
+
+
+def _first_rejection(parts: Sequence[CatalogPartRef]) -> str:
+    for part in parts:
+        for row in islice(read_rejected(_rejected_path(part.path)), 1):
+            return f"the first, {row.key}: {row.detail}."
+    return "the source is empty."
+
+
+def _ref(out: Path, stored: dict[str, Any]) -> CatalogRef:
+    return CatalogRef(
+        path=out,
+        digest=stored["digest"],
+        num_records=stored["num_records"],
+        num_tags=len(open_arrow(joined_path(out, stored["joined"], "vocabulary"))),
+        num_seen=stored["num_seen"],
+        num_rejected=stored["num_rejected"],
+        missing=stored["missing"],
+        conflicts=stored["conflicts"],
+        rejected=out / "rejected.jsonl",
+        parents=tuple(part["digest"] for part in stored["parts"]),
+    )
+
+
+def _is_whole(out: Path, stored: dict[str, Any]) -> bool:
+    """Whether every file that the manifest stands for can be opened."""
+    try:
+        catalog = Catalog.open(out)
+        for part in catalog.parts:
+            _ = part.rows, part.vocabulary
+        for what in ("vocabulary", "tag_map", *(["pointers"] if stored["has_pointers"] else [])):
+            open_arrow(joined_path(out, stored["joined"], what))
+    except DataError:
+        return False
+    return (out / "rejected.jsonl").exists()
+
+
+def _remove_old(out: Path, stored: dict[str, Any]) -> None:
+    parts, joined = {part["digest"] for part in stored["parts"]}, stored["joined"][:32]
+    for path in (out / "parts").iterdir():
+        if path.name.split(".")[0] not in parts:
+            path.unlink(missing_ok=True)
+    for path in (out / "joined").iterdir():
+        if path.name.split(".")[0] != joined:
+            path.unlink(missing_ok=True)
+
+
+def _part_path(out: Path, digest: str) -> Path:
+    return out / "parts" / digest[:32]
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    return rows_path(path), vocab_path(path), _rejected_path(path)
+
+
+def _rejected_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.rejected.jsonl")
+
+
+def _result_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.result.json")

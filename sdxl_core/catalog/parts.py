@@ -1,0 +1,188 @@
+"""One part of a catalog: rows of one source, written once and memory-mapped by every reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sdxl_core.catalog.schema import COLUMNS_OF_USE, ROWS, TAGS, VOCABULARY
+from sdxl_core.errors import DataError
+from sdxl_core.files import atomic_writer
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+_HASH_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+class TagColumn(NamedTuple):
+    """Tags of one category. `values`: list<string>, one list a row, null where nothing is known of the row's tags."""
+
+    category: int
+    values: pa.ListArray
+
+
+class PartWriter:
+    """Collects rows, tags as text, and writes them to `PATH.rows.arrow` and `PATH.vocab.arrow` when the block ends.
+
+    Args:   path: without the two endings.   use: the groups of columns that are kept; the others become null.
+    """
+
+    def __init__(self, path: Path, *, use: Sequence[str] = ("images", "facts", "tags", "captions")) -> None:
+        self._path = path
+        self._names = {"key", *(name for group, names in COLUMNS_OF_USE.items() if group in use for name in names)}
+        self._ids: dict[tuple[int, str], int] = {}
+        self._counts = np.zeros(0, np.int64)
+        self._batches: list[pa.RecordBatch] = []
+        self.num_rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            write_arrow(vocab_path(self._path), self._vocabulary())
+            rows = pa.Table.from_batches(self._batches, schema=ROWS).combine_chunks().to_batches()
+            write_arrow(rows_path(self._path), rows[0] if rows else pa.RecordBatch.from_pylist([], schema=ROWS))
+
+    def add(self, columns: Mapping[str, pa.Array], tags: Sequence[TagColumn] = ()) -> None:
+        """Append rows.
+
+        Args:   columns: arrays by the names of `schema.ROWS` but `tags` and `key_hash`; all of one length; `key` must
+                be there, what is left out is null.
+                tags: a row's tags are the concatenation over these columns, without repetition of a (category, tag).
+        """
+        num_rows = len(columns["key"])
+        arrays = {name: array for name, array in columns.items() if name in self._names}
+        arrays["tags"] = self._tag_ids(tags if "tags" in self._names else (), num_rows)
+        arrays["key_hash"] = key_hashes(columns["key"])
+        nothing = pa.nulls(num_rows)
+        self._batches.append(
+            pa.RecordBatch.from_arrays(
+                [arrays.get(field.name, nothing).cast(field.type) for field in ROWS], schema=ROWS
+            )
+        )
+        self.num_rows += num_rows
+
+    def _tag_ids(self, columns: Sequence[TagColumn], num_rows: int) -> pa.ListArray:
+        if not columns:
+            return pa.nulls(num_rows, TAGS)
+        lengths = [np.asarray(pc.fill_null(pc.list_value_length(column.values), 0)) for column in columns]
+        ids = [self._ids_of(column) for column in columns]
+        unknown = np.logical_and.reduce([np.asarray(pc.is_null(column.values)) for column in columns])
+        rows, values = _without_repetition(*_interleaved(lengths, ids, num_rows))
+        counts = np.bincount(values, minlength=len(self._ids))
+        self._counts = counts + np.pad(self._counts, (0, len(counts) - len(self._counts)))
+        offsets = np.zeros(num_rows + 1, np.int32)
+        np.cumsum(np.bincount(rows, minlength=num_rows), out=offsets[1:])
+        return pa.ListArray.from_arrays(
+            pa.array(offsets), pa.array(values.astype(np.uint32)), type=TAGS, mask=pa.array(unknown)
+        )
+
+    def _ids_of(self, column: TagColumn) -> Ints:
+        """Position in this part's vocabulary of every tag of the column, new ones appended to it."""
+        encoded = column.values.flatten().dictionary_encode()
+        codes = [self._ids.setdefault((column.category, tag), len(self._ids)) for tag in encoded.dictionary.to_pylist()]
+        ids: Ints = np.asarray(codes, np.int64)[np.asarray(encoded.indices)]
+        return ids
+
+    def _vocabulary(self) -> pa.RecordBatch:
+        counts = np.pad(self._counts, (0, len(self._ids) - len(self._counts)))
+        tags = pa.array((tag for _, tag in self._ids), pa.string())
+        categories = pa.array((category for category, _ in self._ids), pa.uint8())
+        return pa.RecordBatch.from_arrays([tags, categories, pa.array(counts, pa.int64())], schema=VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part, opened by memory mapping: nothing is read until it is used, and processes share the pages."""
+
+    path: Path
+
+    @cached_property
+    def rows(self) -> pa.RecordBatch:
+        """All rows, `schema.ROWS`. Raises: DataError: the file is gone or damaged."""
+        return open_arrow(rows_path(self.path))
+
+    @cached_property
+    def vocabulary(self) -> pa.RecordBatch:
+        """The part's tags, `schema.VOCABULARY`; `rows.tags` are positions in it. Raises: as `rows`."""
+        return open_arrow(vocab_path(self.path))
+
+
+def rows_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.rows.arrow")
+
+
+def vocab_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.vocab.arrow")
+
+
+def write_arrow(path: Path, batch: pa.RecordBatch) -> None:
+    """Write an Arrow IPC file of one record batch, whole or not at all."""
+    with atomic_writer(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def open_arrow(path: Path) -> pa.RecordBatch:
+    """Memory-map an Arrow IPC file of one record batch. Raises: DataError: it is not there, or not whole."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: this part of the catalog is missing or damaged ({error}). Build the catalog again: "
+            f"`sdxl-flows catalog` with the same arguments redoes what is missing."
+        ) from error
+
+
+def key_hashes(keys: pa.StringArray) -> pa.UInt64Array:
+    """A 64-bit polynomial hash of each key's UTF-8 bytes, modulo 2**64. Equal hashes need not mean equal keys."""
+    keys = keys.cast(pa.large_string())
+    offsets = np.frombuffer(keys.buffers()[1], np.int64)[keys.offset : keys.offset + len(keys) + 1]
+    if not len(keys) or offsets[0] == offsets[-1]:
+        return pa.array(np.zeros(len(keys), np.uint64))
+    data = np.frombuffer(keys.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    starts = offsets[:-1] - offsets[0]
+    lengths = np.diff(offsets)
+    powers = np.cumprod(np.full(int(lengths.max()) + 1, _HASH_STEP))
+    terms = (data.astype(np.uint64) + np.uint64(1)) * powers[np.arange(len(data)) - np.repeat(starts, lengths)]
+    sums = np.zeros(len(keys), np.uint64)
+    filled = lengths > 0  # reduceat over an empty range would take one element
+    sums[filled] = np.add.reduceat(terms, starts[filled])
+    sums ^= sums >> np.uint64(29)
+    return pa.array(sums * np.uint64(0xBF58476D1CE4E5B9))
+
+
+def _interleaved(lengths: Sequence[Ints], values: Sequence[Ints], num_rows: int) -> tuple[Ints, Ints]:
+    """Row number and value of every tag, row by row, the columns one after the other within a row."""
+    if len(values) == 1:
+        return np.repeat(np.arange(num_rows), lengths[0]), values[0]
+    starts = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(np.sum(lengths, axis=0), out=starts[1:])
+    rows, merged = np.repeat(np.arange(num_rows), np.diff(starts)), np.empty(starts[-1], np.int64)
+    begin = starts[:-1].copy()
+    for length, value in zip(lengths, values, strict=True):
+        merged[np.arange(len(value)) + np.repeat(begin - (np.cumsum(length) - length), length)] = value
+        begin += length
+    return rows, merged
+
+
+def _without_repetition(rows: Ints, values: Ints) -> tuple[Ints, Ints]:
+    """Only the first occurrence of each value in its row."""
+    if not len(values):
+        return rows, values
+    pairs = rows * (int(values.max()) + 1) + values
+    ordered = np.sort(pairs)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return rows, values
+    _, first = np.unique(pairs, return_index=True)
+    first.sort()
+    return rows[first], values[first]

@@ -1,0 +1,188 @@
+"""Reading a catalog: one record a picture, by columns, in memory shared by all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from sdxl_core.catalog.config import CatalogSource
+from sdxl_core.catalog.join import GROUPS, gather, part_starts
+from sdxl_core.catalog.parts import Part, open_arrow
+from sdxl_core.catalog.schema import FORMAT, TAGS
+from sdxl_core.errors import ConfigError, DataError
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+MANIFEST = "catalog.json"
+CHUNK_RECORDS = 65_536
+_GROUP_OF = {column: group for group, columns in GROUPS.items() for column in columns}
+
+
+class Chunk(NamedTuple):
+    """Consecutive records. `start`: number of the first. `table`: the columns asked for; `tags` are global tag ids."""
+
+    start: int
+    table: pa.RecordBatch
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """A finished catalog. Nothing is held but what is looked at; forked and other processes share the pages.
+
+    `digest`: identity of the content: sources, parts and their order.
+    """
+
+    path: Path
+    digest: str
+    sources: tuple[CatalogSource, ...]
+    parts: tuple[Part, ...]
+    part_sources: tuple[int, ...]
+    num_records: int
+    joined: str
+    has_pointers: bool
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Raises: ConfigError: no catalog there.   DataError: it is damaged, or of another version."""
+        try:
+            stored = orjson.loads((path / MANIFEST).read_bytes())
+            if stored["format"] != FORMAT:
+                raise DataError(
+                    f"{path}: a catalog of format {stored['format']}; this version reads format {FORMAT}. Build it "
+                    f"again with `sdxl-flows catalog` in another folder."
+                )
+            return cls(
+                path=path,
+                digest=stored["digest"],
+                sources=tuple(CatalogSource.model_validate(source) for source in stored["sources"]),
+                parts=tuple(Part(path / "parts" / part["digest"]) for part in stored["parts"]),
+                part_sources=tuple(part["source"] for part in stored["parts"]),
+                num_records=stored["num_records"],
+                joined=stored["joined"],
+                has_pointers=stored["has_pointers"],
+            )
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"{path}: there is no catalog. `sdxl-flows catalog --source S --out {path}` makes one."
+            ) from error
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path / MANIFEST}: damaged ({error}). Build the catalog again.") from error
+
+    @cached_property
+    def vocabulary(self) -> pa.RecordBatch:
+        """All tags, `schema.VOCABULARY`; the row number is the tag's id. `count`: records that have it."""
+        return open_arrow(joined_path(self.path, self.joined, "vocabulary"))
+
+    def chunks(self, columns: Sequence[str], *, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
+        """Records [start, stop) in order, at most CHUNK_RECORDS at a time.
+
+        Args:   columns: of `schema.ROWS`, and `source`: position in `sources` of what the picture's bytes (else its
+                first row) come from.
+        """
+        stop = self.num_records if stop is None else min(stop, self.num_records)
+        while start < stop:
+            end = min(stop, start + CHUNK_RECORDS)
+            if not self.has_pointers:  # a chunk within one part is a view of the file
+                part = int(np.searchsorted(self._starts, start, "right"))
+                end = min(end, int(self._starts[part]))
+            yield Chunk(start, self.take(np.arange(start, end), columns))
+            start = end
+
+    def take(self, records: Ints, columns: Sequence[str]) -> pa.RecordBatch:
+        """The columns of the given records, in the order given."""
+        arrays = [self._column(name, records) for name in columns]
+        return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+    def _column(self, name: str, records: Ints) -> pa.Array:
+        if name == "source":
+            image, first = self._rows("image", records), self._rows("first", records)
+            part = np.searchsorted(self._starts, np.where(image >= 0, image, first), "right") - 1
+            return pa.array(np.asarray(self.part_sources, np.int32)[part])
+        rows = self._rows(_GROUP_OF.get(name, "first"), records)
+        if name == "tags":
+            return self._tags(rows)
+        return self._values(rows, name)
+
+    def _rows(self, group: str, records: Ints) -> Ints:
+        if not self.has_pointers:
+            return records
+        rows: Ints = self._pointers[group].to_numpy()[records].astype(np.int64)
+        return rows
+
+    def _values(self, rows: Ints, name: str) -> pa.Array:
+        view = self._view(rows)
+        if view is not None:
+            part, begin = view
+            return self.parts[part].rows[name].slice(begin, len(rows))
+        return gather(self.parts, self._starts, rows, lambda part: part.rows[name])
+
+    def _tags(self, rows: Ints) -> pa.ListArray:
+        view = self._view(rows)
+        if view is not None:
+            part, begin = view
+            return _translated(self.parts[part].rows["tags"].slice(begin, len(rows)), self._tag_maps[part])
+        # where rows of several parts mix, the part's number goes with each tag
+        numbers = {id(part): number for number, part in enumerate(self.parts)}
+        return gather(
+            self.parts, self._starts, rows, lambda part: _LazyTags(part.rows["tags"], self._tag_maps[numbers[id(part)]])
+        )
+
+    def _view(self, rows: Ints) -> tuple[int, int] | None:
+        """Part and first row in it, where the rows are consecutive within one part."""
+        if not len(rows) or rows[0] < 0 or rows[-1] - rows[0] != len(rows) - 1 or (np.diff(rows) != 1).any():
+            return None
+        part = int(np.searchsorted(self._starts, rows[0], "right")) - 1
+        return (part, int(rows[0] - self._starts[part])) if rows[-1] < self._starts[part + 1] else None
+
+    @cached_property
+    def _starts(self) -> Ints:
+        return part_starts(self.parts)
+
+    @cached_property
+    def _pointers(self) -> pa.RecordBatch:
+        return open_arrow(joined_path(self.path, self.joined, "pointers"))
+
+    @cached_property
+    def _tag_maps(self) -> list[Ints]:
+        """For each part: global id of each of its tags (uint32)."""
+        lists = open_arrow(joined_path(self.path, self.joined, "tag_map"))["ids"]
+        return [lists[number].values.to_numpy() for number in range(len(lists))]
+
+
+@dataclass(frozen=True, slots=True)
+class _LazyTags:
+    """A part's tag lists whose ids are translated only for the rows that are taken."""
+
+    lists: pa.ListArray
+    ids: Ints
+
+    @property
+    def type(self) -> pa.DataType:
+        return TAGS
+
+    def take(self, rows: pa.Array) -> pa.ListArray:
+        return _translated(self.lists.take(rows), self.ids)
+
+    def slice(self, start: int, length: int) -> pa.ListArray:
+        return self.lists.slice(start, length)
+
+
+def _translated(lists: pa.ListArray, ids: Ints) -> pa.ListArray:
+    """The lists with every part-local tag replaced by its global id."""
+    if not len(lists):
+        return lists
+    offsets = np.frombuffer(lists.buffers()[1], np.int32)[lists.offset : lists.offset + len(lists) + 1]
+    values = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+    mask = lists.is_null() if lists.null_count else None
+    return pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), pa.array(ids[values]), type=TAGS, mask=mask)
+
+
+def joined_path(catalog: Path, digest: str, what: str) -> Path:
+    """File of `what` (vocabulary, tag_map, pointers) belonging to one state of the catalog."""
+    return catalog / "joined" / f"{digest[:32]}.{what}.arrow"
