@@ -40,7 +40,7 @@ OURS = """
 from pathlib import Path
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
-from sdxl_core.dataset.metadata import merge_tags
+from sdxl_core.merge.plan import merge_tags
 
 def merge(folder, out):
     if {one_process}:

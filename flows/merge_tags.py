@@ -4,7 +4,7 @@ from prefect import flow
 
 from flows.fan_out import gather
 from sdxl_core.config import MergeTagsConfig
-from sdxl_core.dataset.metadata import shard_is_merged
+from sdxl_core.merge.shards import shard_is_merged
 from sdxl_core.refs import MetadataRef
 from tasks.metadata import join_shards, merge_shard, plan_merge
 

@@ -31,7 +31,7 @@ class Stage(NamedTuple):
 STAGES = {
     "subset": Stage(SubsetConfig, "sdxl_core.dataset.subset:subset", False, "pick pictures by tags and copy them"),
     "merge-tags": Stage(
-        MergeTagsConfig, "sdxl_core.dataset.metadata:merge_tags", False, "tags and captions of a folder into one JSON"
+        MergeTagsConfig, "sdxl_core.merge.plan:merge_tags", False, "tags and captions of a folder into one JSON"
     ),
     "cache-latents": Stage(
         CacheLatentsConfig, "sdxl_core.latents.cache:cache_latents", True, "encode pictures into bucketed .npz latents"

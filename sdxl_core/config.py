@@ -13,6 +13,10 @@ from pydantic import Field, field_validator, model_validator
 
 from sdxl_core.sections import Extension, Section
 
+CleanStep = Literal["underscores", "repeated", "rating"]
+Category = Literal[
+    "artist", "character", "copyright", "general", "meta", "species", "lore", "quality", "special", "year", "rating"
+]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -38,6 +42,17 @@ class SubsetConfig(SubsetOptions, SourceOptions):
 
 
 class MergeTagsOptions(Section):
+    clean: tuple[CleanStep, ...] = Field(
+        (),
+        description="what is changed in the tags: underscores (spaces instead, but ^_^ stays), repeated (each tag "
+        "once), rating (a trailing rating is left out, with all behind it)",
+    )
+    category_order: tuple[Category, ...] = Field(
+        ("artist", "character", "copyright", "general", "meta"),
+        description="catalog: tags are written in this order of their categories; those not named follow",
+    )
+    drop_categories: tuple[Category, ...] = Field((), description="catalog: tags of these categories are left out")
+    separator: str = Field(", ", min_length=1, description="catalog: what stands between two tags")
     key_style: Literal["relative", "full_path"] = Field(
         "relative",
         description="relative: path below the source without extension (the stem, in a flat folder); "
@@ -52,7 +67,7 @@ class MergeTagsOptions(Section):
 class MergeTagsConfig(MergeTagsOptions, SourceOptions):
     """Collect the tags and captions of a folder of pictures into one metadata JSON (meta_cap_dd.json)."""
 
-    source: Path = Field(description="folder of pictures with text files beside them")
+    source: Path = Field(description="folder of pictures with text files beside them, or a catalog")
     out: Path = Field(description="metadata JSON to write; rejected.jsonl is written beside it")
 
 

@@ -3,7 +3,8 @@
 from prefect import task
 
 from sdxl_core.config import MergeTagsConfig
-from sdxl_core.dataset import metadata as core
+from sdxl_core.merge import join as core_join
+from sdxl_core.merge import plan as core
 from sdxl_core.refs import MergeShardRef, MetadataRef, ShardRef
 from tasks.artifacts import show_result
 from tasks.policies import CACHED, ONCE, RETRIED
@@ -24,6 +25,6 @@ def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
 @task(name="join-shards", **ONCE, **RETRIED)
 def join_shards(config: MergeTagsConfig, shards: list[MergeShardRef]) -> MetadataRef:
     """Stream the shards into the metadata JSON."""
-    ref = core.join_shards(config, shards)
+    ref = core_join.join_shards(config, shards)
     show_result(ref, key="merge", title="Metadata")
     return ref

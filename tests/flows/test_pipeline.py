@@ -97,8 +97,8 @@ def test_a_cached_shard_whose_latents_are_gone_is_redone(job: JobConfig) -> None
 
 def test_a_stage_command_continues_what_a_flow_made_and_the_other_way_round(job: JobConfig) -> None:
     from flows.cache_latents import cache_latents as flow
-    from sdxl_core.dataset.metadata import merge_tags
     from sdxl_core.latents.cache import cache_latents as core
+    from sdxl_core.merge.plan import merge_tags
     from sdxl_core.training.launch import launch_training
 
     subset = job.out / "subset"

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import text as text_module
-from sdxl_core.dataset.metadata import merge_tags, plan_merge, read_metadata
+from sdxl_core.dataset.metadata import read_metadata
 from sdxl_core.errors import ConfigError, DataError, ShardError
+from sdxl_core.merge.plan import merge_tags, plan_merge
 from sdxl_core.refs import MetadataRef
 from sdxl_core.rejected import read_rejected
 
@@ -153,7 +154,7 @@ def test_a_second_run_reads_no_text_and_writes_nothing(tmp_path: Path, monkeypat
     def no_reading(path: Path | str) -> str:
         raise AssertionError(f"read {path}")
 
-    monkeypatch.setattr("sdxl_core.dataset.metadata.read_text", no_reading)
+    monkeypatch.setattr("sdxl_core.merge.folder.read_text", no_reading)
     assert merge(folder, tmp_path / "out.json") == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -217,7 +218,7 @@ def test_a_merge_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> None
     expected = as_sd_scripts(folder, full_path=False, recursive=False)
     config = MergeTagsConfig(source=folder, out=tmp_path / "out.json", num_shards=40)
     code = (
-        "import sys; from sdxl_core.config import MergeTagsConfig; from sdxl_core.dataset.metadata import merge_tags\n"
+        "import sys; from sdxl_core.config import MergeTagsConfig; from sdxl_core.merge.plan import merge_tags\n"
         "print('go', flush=True); merge_tags(MergeTagsConfig.model_validate_json(sys.argv[1]))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -328,7 +329,8 @@ SHARED = """
 import os, sys
 from pathlib import Path
 from sdxl_core.config import MergeTagsConfig
-from sdxl_core.dataset import forked, metadata
+from sdxl_core.dataset import forked
+from sdxl_core.merge import plan
 
 def work(item):
     if item == 3 and os.getpid() != parent:
@@ -341,9 +343,9 @@ assert [square for square, _ in results] == [item * item for item in range(8)], 
 pids = [pid for _, pid in results]
 assert pids[1] != parent, "the first odd item was done by the child"
 assert all(pids[item] == parent for item in (0, 2, 3, 4, 5, 6, 7)), "what the killed child left was done here"
-metadata.MIN_IMAGES_A_PROCESS = 1
+plan.MIN_IMAGES_A_PROCESS = 1
 assert forked.num_processes(2) == min(2, len(os.sched_getaffinity(0)))
-ref = metadata.merge_tags(MergeTagsConfig(source=Path("in"), out=Path("forked.json"), num_shards=3))
+ref = plan.merge_tags(MergeTagsConfig(source=Path("in"), out=Path("forked.json"), num_shards=3))
 assert ref.num_kept == 6
 """
 
