@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from sdxl_core import __version__
+from sdxl_core.catalog.config import CatalogConfig
 from sdxl_core.cli_options import add_options, collect_options, dashes
 from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig, SubsetConfig, TrainConfig
 from sdxl_core.configfile import apply_overrides, check, read_toml
@@ -29,6 +30,12 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "catalog": Stage(
+        CatalogConfig,
+        "sdxl_core.catalog.build:build_catalog",
+        False,
+        "describe a collection in one memory-mapped table",
+    ),
     "subset": Stage(SubsetConfig, "sdxl_core.dataset.subset:subset", False, "pick pictures by tags and copy them"),
     "merge-tags": Stage(
         MergeTagsConfig, "sdxl_core.merge.plan:merge_tags", False, "tags and captions of a folder into one JSON"
@@ -80,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "train":
             _add_train(commands, stage)
             continue
+        if name == "catalog":
+            _add_catalog(commands, stage)
+            continue
         command = _command(commands, name, stage.help, _stage, stage=stage, name=name)
         _add_flow(command)
         add_options(command, stage.config)
@@ -116,6 +126,27 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 def _add_flow(command: argparse.ArgumentParser) -> None:
     command.add_argument("--flow", action="store_true", help="run as its Prefect flow (same files, same ledger)")
+
+
+def _add_catalog(commands: Any, stage: Stage) -> None:
+    command = _command(commands, "catalog", stage.help, _catalog, stage=stage, name="catalog")
+    _add_flow(command)
+    command.add_argument(
+        "--source", action="append", default=[], metavar="[PREFIX/=]PATH",
+        help="folder of pictures, folder of tars, parquet, json or jsonl; may be given repeatedly: where two say the "
+        "same, the first counts. danbooru/=PATH puts danbooru/ before its keys",
+    )  # fmt: skip
+    command.add_argument("--config", type=Path, metavar="CATALOG.toml", help="[[sources]] with all their parameters")
+    add_options(command, stage.config, without=("sources",), all_optional=True)
+
+
+def _catalog(options: argparse.Namespace) -> None:
+    """Options win over the file; its sources come first."""
+    values = {} if options.config is None else read_toml(options.config)
+    values |= collect_options(options, CatalogConfig)
+    values["sources"] = [*values.get("sources", []), *options.source]
+    where = "sdxl-flows catalog" if options.config is None else str(options.config)
+    _run_stage(check(CatalogConfig, values, where=where), options)
 
 
 def _add_train(commands: Any, stage: Stage) -> None:

@@ -24,9 +24,16 @@ def dashes(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def add_options(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
-    """One option a field: `--field-name VALUE`, `--flag/--no-flag` for a switch; lists may be given repeatedly."""
+def add_options(
+    parser: argparse.ArgumentParser, model: type[BaseModel], *, without: Sequence[str] = (), all_optional: bool = False
+) -> None:
+    """One option a field: `--field-name VALUE`, `--flag/--no-flag` for a switch; lists may be given repeatedly.
+
+    Args:   without: fields that the command offers in its own way.   all_optional: a file may give the required ones.
+    """
     for name, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
+        if name in without:
+            continue
         kind = _plain_type(field.annotation)
         option = "--" + name.replace("_", "-")
         text = (field.description or field.title or name).replace("%", "%%") + _default_text(field)
@@ -40,7 +47,9 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None
         elif get_origin(kind) is dict:
             parser.add_argument(option, action="append", metavar="FROM=TO", **shared)
         else:
-            parser.add_argument(option, metavar=_metavar(kind), required=field.is_required(), **shared)
+            parser.add_argument(
+                option, metavar=_metavar(kind), required=field.is_required() and not all_optional, **shared
+            )
 
 
 def collect_options(namespace: argparse.Namespace, model: type[BaseModel]) -> dict[str, Any]:
@@ -76,6 +85,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _default_text(field: FieldInfo) -> str:
-    if field.is_required() or field.default is PydanticUndefined or field.default in (None, "", [], {}):
+    if field.is_required() or field.default is PydanticUndefined or field.default in (None, "", [], {}, ()):
         return ""
-    return f" (default: {field.default})"
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f" (default: {default})"

@@ -6,7 +6,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from sdxl_core.refs import CheckpointRef, LatentSetRef, MetadataRef, SubsetRef
+from sdxl_core.refs import CatalogRef, CheckpointRef, LatentSetRef, MetadataRef, SubsetRef
 from sdxl_core.rejected import count_reasons, read_rejected
 
 
@@ -14,6 +14,19 @@ from sdxl_core.rejected import count_reasons, read_rejected
 def describe(ref: Any) -> str:
     """One line about a result reference."""
     return str(ref)
+
+
+@describe.register
+def _(ref: CatalogRef) -> str:
+    lacking = ", ".join(f"{count:,} no {what}" for what, count in ref.missing.items() if count)
+    doubled = ", ".join(f"{count:,} {what}" for what, count in ref.conflicts.items() if count)
+    return (
+        f"catalog: {ref.num_records:,} pictures of {ref.num_seen:,} rows, {ref.num_tags:,} tags"
+        f"{rejected_text(ref.rejected, 'catalog', ref.num_rejected)}"
+        + (f"; {lacking}" if lacking else "")
+        + (f"; told by several sources, the first used: {doubled}" if doubled else "")
+        + f" -> {ref.path}"
+    )
 
 
 @describe.register

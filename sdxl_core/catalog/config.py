@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -84,6 +84,12 @@ class CatalogConfig(Section):
     out: Path = Field(description="folder of the catalog")
     processes: int = Field(0, ge=0, le=256, description="processes that read the sources; 0: one a core")
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def sources_may_be_paths(cls, sources: Any) -> Any:
+        """A source may be given as PATH or as PREFIX/=PATH."""
+        return [_from_text(source) if isinstance(source, str | Path) else source for source in sources]
+
     @model_validator(mode="after")
     def sources_differ(self) -> CatalogConfig:
         seen = set()
@@ -93,3 +99,10 @@ class CatalogConfig(Section):
                 raise ValueError(f"sources: {source.path} is listed twice with the same prefix")
             seen.add(place)
         return self
+
+
+def _from_text(source: str | Path) -> dict[str, str]:
+    prefix, equals, path = str(source).partition("=")
+    if equals and prefix.endswith("/") and not prefix.startswith(("/", ".", "~")):
+        return {"prefix": prefix, "path": path}
+    return {"path": str(source)}
