@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from flows.cache_latents import cache_latents
+from flows.catalog import catalog
 from flows.finetune import finetune
 from flows.merge_tags import merge_tags
 from flows.pipeline import pipeline
@@ -20,6 +21,7 @@ from sdxl_core.refs import RunRef
 from sdxl_core.run_record import read_run_record, record_stage
 
 STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
+    "catalog": catalog,
     "subset": subset,
     "merge-tags": merge_tags,
     "cache-latents": cache_latents,

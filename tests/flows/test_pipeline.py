@@ -5,11 +5,11 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import task_states
 
 from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig
 from sdxl_core.demo import demo_job
@@ -27,24 +27,6 @@ def job(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
     values["latents"] |= {"resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256}
     values["train"] |= {"max_train_steps": 4, "save_every_steps": 2, "sample_size_px": 64, "sample_inference_steps": 2}
     return JobConfig.model_validate(values)
-
-
-def task_states(flow_run_name: str) -> Counter[str]:
-    """`task name: state name` counts of the newest run of a flow, once the server has caught up."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
-
-    with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(
-            flow_filter=FlowFilter(name={"any_": [flow_run_name]}), sort=FlowRunSort.START_TIME_DESC, limit=1
-        )
-        for _ in range(60):
-            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [newest[0].id]}))
-            if runs and all(run.state is not None and run.state.is_final() for run in runs):
-                break
-            time.sleep(0.5)
-    return Counter(f"{run.name.rsplit('-', 1)[0]}: {run.state_name}" for run in runs)
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
