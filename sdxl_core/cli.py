@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from sdxl_core import __version__
 from sdxl_core.catalog.config import CatalogConfig
 from sdxl_core.cli_options import add_options, collect_options, dashes
-from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig, SubsetConfig, TrainConfig
+from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeJsonConfig, MergeTagsConfig, SubsetConfig, TrainConfig
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 
@@ -40,6 +40,7 @@ STAGES = {
     "merge-tags": Stage(
         MergeTagsConfig, "sdxl_core.merge.plan:merge_tags", False, "tags and captions of a folder into one JSON"
     ),
+    "merge-json": Stage(MergeJsonConfig, "sdxl_core.merge.jsons:merge_jsons", False, "several metadata JSONs into one"),
     "cache-latents": Stage(
         CacheLatentsConfig, "sdxl_core.latents.cache:cache_latents", True, "encode pictures into bucketed .npz latents"
     ),
@@ -131,20 +132,14 @@ def _add_flow(command: argparse.ArgumentParser) -> None:
 def _add_catalog(commands: Any, stage: Stage) -> None:
     command = _command(commands, "catalog", stage.help, _catalog, stage=stage, name="catalog")
     _add_flow(command)
-    command.add_argument(
-        "--source", action="append", default=[], metavar="[PREFIX/=]PATH",
-        help="folder of pictures, folder of tars, parquet, json or jsonl; may be given repeatedly: where two say the "
-        "same, the first counts. danbooru/=PATH puts danbooru/ before its keys",
-    )  # fmt: skip
     command.add_argument("--config", type=Path, metavar="CATALOG.toml", help="[[sources]] with all their parameters")
-    add_options(command, stage.config, without=("sources",), all_optional=True)
+    add_options(command, stage.config, all_optional=True)
 
 
 def _catalog(options: argparse.Namespace) -> None:
-    """Options win over the file; its sources come first."""
+    """Options win over the file."""
     values = {} if options.config is None else read_toml(options.config)
     values |= collect_options(options, CatalogConfig)
-    values["sources"] = [*values.get("sources", []), *options.source]
     where = "sdxl-flows catalog" if options.config is None else str(options.config)
     _run_stage(check(CatalogConfig, values, where=where), options)
 

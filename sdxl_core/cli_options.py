@@ -24,16 +24,12 @@ def dashes(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def add_options(
-    parser: argparse.ArgumentParser, model: type[BaseModel], *, without: Sequence[str] = (), all_optional: bool = False
-) -> None:
+def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], *, all_optional: bool = False) -> None:
     """One option a field: `--field-name VALUE`, `--flag/--no-flag` for a switch; lists may be given repeatedly.
 
-    Args:   without: fields that the command offers in its own way.   all_optional: a file may give the required ones.
+    Args:   all_optional: a file may give the required ones.
     """
     for name, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
-        if name in without:
-            continue
         kind = _plain_type(field.annotation)
         option = "--" + name.replace("_", "-")
         text = (field.description or field.title or name).replace("%", "%%") + _default_text(field)
@@ -42,6 +38,10 @@ def add_options(
             parser.add_argument(option, action="store_true", **shared)
         elif kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, **shared)
+        elif _is_places(kind):
+            parser.add_argument(
+                option, nargs="+", metavar="PATH", required=field.is_required() and not all_optional, **shared
+            )
         elif get_origin(kind) is list:
             parser.add_argument(option, action="append", metavar="TEXT", **shared)
         elif get_origin(kind) is dict:
@@ -61,12 +61,19 @@ def collect_options(namespace: argparse.Namespace, model: type[BaseModel]) -> di
         given, kind = getattr(namespace, name), _plain_type(field.annotation)
         if get_origin(kind) is dict:
             given = dict(item.rpartition("=")[::2] for item in given)
-        elif get_origin(kind) is tuple:
+        elif get_origin(kind) is tuple and not _is_places(kind):
             given = [part.strip() for part in given.split(",")]
-        elif kind not in (str, Path, bool) and get_origin(kind) is not list:
+        elif kind not in (str, Path, bool) and get_origin(kind) not in (list, tuple):
             given = apply_overrides({}, [f"value={given}"])["value"]
         values[name] = given
     return values
+
+
+def _is_places(kind: Any) -> bool:
+    """A tuple of paths, or of sections that may be given as paths."""
+    return (
+        get_origin(kind) is tuple and get_args(kind)[0] not in (str, int, float) and isinstance(get_args(kind)[0], type)
+    )
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -71,6 +71,15 @@ class MergeTagsConfig(MergeTagsOptions, SourceOptions):
     out: Path = Field(description="metadata JSON to write; rejected.jsonl is written beside it")
 
 
+class MergeJsonConfig(Section):
+    """Join metadata JSONs, such as the shards of a meta_lat.json, into one."""
+
+    sources: tuple[Path, ...] = Field(
+        min_length=1, description="metadata JSONs, in order; of two entries with one key the first is used"
+    )
+    out: Path = Field(description="metadata JSON to write; rejected.jsonl is written beside it")
+
+
 class BucketOptions(Section):
     resolution_px: int = Field(1024, ge=64, le=8192, description="buckets have at most resolution_px squared pixels")
     min_bucket_px: int = Field(256, ge=8, le=8192, description="shortest side of a bucket")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sdxl_core.catalog.schema import CATEGORIES, RATING_CODES
+from sdxl_core.catalog.words import CATEGORIES, RATING_CODES
 from sdxl_core.sections import Extension, Section
 
 Kind = Literal["auto", "folder", "parquet", "tars", "json", "jsonl"]
@@ -79,7 +79,9 @@ class CatalogConfig(Section):
     """Describe any number of pictures, from any number of sources, in one memory-mapped table."""
 
     sources: tuple[CatalogSource, ...] = Field(
-        min_length=1, description="in order: where two say the same, the first counts"
+        min_length=1,
+        description="folders of pictures, folders of tars, parquet, json or jsonl, in order: where two say the same, "
+        "the first counts. PREFIX/=PATH, such as danbooru/=/data/dan, puts danbooru/ before the keys of that path",
     )
     out: Path = Field(description="folder of the catalog")
     processes: int = Field(0, ge=0, le=256, description="processes that read the sources; 0: one a core")

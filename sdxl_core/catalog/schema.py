@@ -13,35 +13,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from sdxl_core.catalog.words import CATEGORIES as CATEGORIES
+from sdxl_core.catalog.words import CATEGORY_CODES as CATEGORY_CODES
+from sdxl_core.catalog.words import RATING_CODES as RATING_CODES
+from sdxl_core.catalog.words import RATINGS as RATINGS
+
 FORMAT = 1
 PART_ROWS = 65_536  # at most, in a part
-
-# Position = the code that is stored. "" is a tag whose category nobody told.
-CATEGORIES = (
-    "",
-    "artist",
-    "character",
-    "copyright",
-    "general",
-    "meta",
-    "species",
-    "lore",
-    "quality",
-    "special",
-    "year",
-    "rating",
-)
-CATEGORY_CODES = {name: code for code, name in enumerate(CATEGORIES)}
-
-RATINGS = ("", "g", "s", "q", "e")  # position = the code that is stored; "" is unknown
-RATING_CODES = {
-    **{name: code for code, name in enumerate(RATINGS)},
-    "general": 1,
-    "safe": 1,
-    "sensitive": 2,
-    "questionable": 3,
-    "explicit": 4,
-}
 
 TAGS = pa.list_(pa.uint32())
 

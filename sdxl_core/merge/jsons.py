@@ -1,0 +1,219 @@
+"""Join metadata JSONs (the shards of a `meta_lat.json`, or of anything else of that shape) into one.
+
+The entries' bytes are checked and copied, not made into objects: unknown fields stay, memory does not grow with the
+files, and what `json.dumps(indent=2)` wrote in shards comes out as it would have written the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from sdxl_core.catalog.parts import key_hashes
+from sdxl_core.config import MergeJsonConfig
+from sdxl_core.dataset import forked
+from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.files import atomic_writer, remove_stale_partials
+from sdxl_core.progress import Progress, no_progress
+from sdxl_core.refs import MetadataRef
+from sdxl_core.rejected import Rejected, update_rejected
+
+STAGE = "merge-json"
+BLOCK_BYTES = 4 << 20
+_ENTRY = re.compile(rb'(?m:^)  "')  # where an entry begins, in the layout of json.dumps(indent=2)
+_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A source that was read once. `hashes`: uint64 of its keys, as bytes.
+
+    `laid_out`: as `json.dumps(indent=2)` writes it, each key once; then its bytes can be copied.
+    """
+
+    path: Path
+    hashes: bytes
+    laid_out: bool
+
+
+def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) -> MetadataRef:
+    """Join the entries of all sources, in order, into `config.out`. Of entries of one key the first is used.
+
+    Raises: ConfigError: a source is not there.   DataError: a source is not metadata, or was cut short.
+    DiskFullError.
+    """
+    if config.out.is_dir():
+        raise ConfigError(f"out = {config.out}: this is a folder; name the JSON file to write in it.")
+    checked: list[_Checked] = []
+    for source in forked.map_forked(_check, config.sources, count=forked.num_processes(len(config.sources))):
+        checked.append(source)
+        progress(STAGE, len(checked), len(config.sources))
+    hashes = np.sort(np.concatenate([np.frombuffer(source.hashes, np.uint64) for source in checked]))
+    if not len(hashes):
+        raise DataError(f"{config.sources[0]}: there is no picture in it, nor in the others.")
+    doubled = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    remove_stale_partials(config.out.parent, name=escape(config.out.name))
+    joiner = _Joiner(doubled)
+    with atomic_writer(config.out) as out:
+        for piece in joiner.pieces(checked):
+            out.write(piece)
+            joiner.digest.update(piece)
+    rejected = config.out.parent / "rejected.jsonl"
+    update_rejected(rejected, STAGE, joiner.rejected)
+    return MetadataRef(
+        path=config.out,
+        sha256=joiner.digest.hexdigest(),
+        num_seen=len(hashes),
+        num_kept=len(hashes) - len(joiner.rejected),
+        num_rejected=len(joiner.rejected),
+        num_empty=0,
+        rejected=rejected,
+        parents=tuple(str(path) for path in config.sources),
+    )
+
+
+class _Joiner:
+    """The bytes of the joined JSON, and what was left out of it. `doubled`: hashes of keys that may occur twice."""
+
+    def __init__(self, doubled: set[int]) -> None:
+        self._doubled = doubled
+        self._seen: set[str] = set()
+        self.digest = hashlib.sha256()
+        self.rejected: list[Rejected] = []
+
+    def pieces(self, sources: Sequence[_Checked]) -> Iterator[bytes | memoryview]:
+        yield b"{\n"
+        between = b""
+        for source in sources:
+            for piece in self._pieces_of(source):
+                yield between
+                yield piece
+                between = b",\n"
+        yield b"\n}"
+
+    def _pieces_of(self, source: _Checked) -> Iterator[bytes | memoryview]:
+        if not source.laid_out:
+            for key, value in _whole(source.path).items():
+                if self._is_first(key, source.path):
+                    yield json.dumps({key: value}, indent=2).encode()[2:-2]
+            return
+        doubled = np.fromiter(self._doubled, np.uint64)
+        has_doubled = np.isin(np.frombuffer(source.hashes, np.uint64), doubled).any()
+        with _mapped(source.path) as data:
+            for start, end in _blocks(data):
+                block = memoryview(data)[start:end]
+                kept = block if not has_doubled else self._without_doubled(bytes(block), source.path)
+                if kept:
+                    yield kept
+                block.release()
+
+    def _without_doubled(self, block: bytes, path: Path) -> bytes:
+        starts = [match.start() for match in _ENTRY.finditer(block)]
+        entries = [block[start:end].rstrip(b",\n") for start, end in pairwise([*starts, len(block)])]
+        keys = list(_decoder.decode(b"{%s}" % block))
+        return b",\n".join(entry for key, entry in zip(keys, entries, strict=True) if self._is_first(key, path))
+
+    def _is_first(self, key: str, path: Path) -> bool:
+        if key_hashes(pa.array([key]))[0].as_py() not in self._doubled:
+            return True
+        if key in self._seen:
+            detail = f"{path} has it too; the entry of the first file is used"
+            self.rejected.append(Rejected(stage=STAGE, key=key, reason="duplicate_key", detail=detail))
+            return False
+        self._seen.add(key)
+        return True
+
+
+def _check(path: Path) -> _Checked:
+    """Read every byte of a file: is it metadata, and which keys has it?"""
+    pieces: list[Any] = []
+    with _mapped(path) as data:
+        for start, end in _blocks(data):
+            block = data[start:end]
+            keys = _keys(path, block)
+            if len(keys) != len(_ENTRY.findall(block)):  # a key that occurs twice, or a layout that only looked like it
+                pieces.clear()
+                break
+            pieces.append(_hashes(keys))
+    if not pieces:
+        return _Checked(path, _hashes(list(_whole(path))).tobytes(), laid_out=False)
+    return _Checked(path, b"".join(piece.tobytes() for piece in pieces), laid_out=True)
+
+
+def _hashes(keys: list[str]) -> np.ndarray[Any, Any]:
+    hashes: np.ndarray[Any, Any] = key_hashes(pa.array(keys, pa.string())).to_numpy()
+    return hashes
+
+
+def _keys(path: Path, block: bytes) -> list[str]:
+    try:
+        entries = _decoder.decode(b"{%s}" % block)
+    except msgspec.DecodeError as error:
+        raise _not_json(path, error) from error
+    for key, raw in entries.items():
+        if bytes(memoryview(raw)[:1]) != b"{":
+            raise DataError(f"{path}: the entry of {key!r} is not an object. This is not a metadata file.")
+    return list(entries)
+
+
+def _not_json(path: Path, problem: Exception) -> DataError:
+    return DataError(
+        f"{path}: not valid JSON ({problem}). It may have been cut short while it was written; make it again. Nothing "
+        f"was written."
+    )
+
+
+def _blocks(data: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Ranges of whole entries, about BLOCK_BYTES each, without the comma behind the last.
+
+    In the layout of `json.dumps(indent=2)` a line that begins with two spaces and a quote begins an entry: texts have
+    no raw line break. A file of another layout has no range.
+    """
+    end = len(data)
+    while end and data[end - 1 : end].isspace():
+        end -= 1
+    if data[:5] != b'{\n  "' or data[end - 2 : end] != b"\n}":
+        return
+    start, end = 2, end - 2
+    while start < end:
+        found = data.find(b',\n  "', min(start + BLOCK_BYTES, end))
+        stop = found if 0 <= found < end else end
+        yield start, stop
+        start = stop + 2
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+    except FileNotFoundError as error:
+        raise ConfigError(f"source = {path}: there is no such file.") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"source = {path}: this is a folder; name the metadata JSON in it.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: the file is empty ({error}). Make it again, or leave it out.") from error
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """A metadata JSON of any layout, read at once."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _not_json(path, error) from error
+    if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
+        raise DataError(f"{path}: not a metadata file, which is one object: picture key -> object.")
+    return data

@@ -1,0 +1,74 @@
+"""Metadata JSONs joined into one: as if they had been one dictionary, unknown fields and all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdxl_core.config import MergeJsonConfig
+from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.merge import jsons
+from sdxl_core.merge.jsons import merge_jsons
+from sdxl_core.rejected import read_rejected
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(['\n  "', '},\n  "k": {', '"'])
+entry = st.dictionaries(
+    st.sampled_from(["tags", "caption", "mine"]),
+    words | st.lists(st.integers(8, 9), min_size=2, max_size=2),
+    max_size=3,
+)
+file_of_one = st.dictionaries(words | st.sampled_from("abcd"), entry, min_size=1, max_size=5)
+layouts = st.sampled_from([{"indent": 2}, {"indent": 2}, {"indent": 2, "ensure_ascii": False}, {}, {"indent": 4}])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=st.lists(st.tuples(file_of_one, layouts), min_size=1, max_size=4), block_bytes=st.integers(1, 40))
+def test_it_is_the_union_with_the_first_of_each_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: list[tuple[dict[str, Any], dict[str, Any]]],
+    block_bytes: int,
+) -> None:
+    monkeypatch.setattr(jsons, "BLOCK_BYTES", block_bytes)
+    paths = []
+    expected: dict[str, Any] = {}
+    for number, (content, layout) in enumerate(files):
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_text(json.dumps(content, **layout), "utf-8")
+        expected = content | expected  # the first wins
+    expected = {key: expected[key] for content, _ in files for key in content}
+    ref = merge_jsons(MergeJsonConfig(sources=tuple(paths), out=tmp_path / "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text("utf-8")) == expected
+    assert list(json.loads((tmp_path / "out.json").read_text("utf-8"))) == list(expected)
+    if not any(layout.get("ensure_ascii") is False for _, layout in files):
+        assert (tmp_path / "out.json").read_text() == json.dumps(expected, indent=2)
+    assert ref.num_kept == len(expected)
+    assert ref.num_seen == sum(len(content) for content, _ in files) == ref.num_kept + ref.num_rejected
+    assert {row.reason for row in read_rejected(ref.rejected)} <= {"duplicate_key"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"a": 1}', b'{\n  "a": 1\n}', b'{\n  "a": {"tags": "x"\n}', b"\xff\xfe"]
+)
+def test_what_is_no_metadata_is_told_and_nothing_is_written(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"k": {"tags": "x"}}, indent=2))
+    (tmp_path / "b.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"b\.json"):
+        merge_jsons(MergeJsonConfig(sources=(tmp_path / "a.json", tmp_path / "b.json"), out=tmp_path / "out.json"))
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = json.dumps({"a": {"tags": "x, y", "train_resolution": [64, 128]}, "b": {"caption": "z"}}, indent=2).encode()
+    for length in range(1, len(whole)):
+        (tmp_path / "cut.json").write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"cut\.json"):
+            merge_jsons(MergeJsonConfig(sources=(tmp_path / "cut.json",), out=tmp_path / "out.json"))
+
+
+def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file"):
+        merge_jsons(MergeJsonConfig(sources=(tmp_path / "x.json",), out=tmp_path / "out.json"))
