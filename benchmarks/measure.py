@@ -1,0 +1,84 @@
+"""What a command costs: wall time, cpu time and memory of all its processes together."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SAMPLE_EVERY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """`private_mib`, `rss_mib`: peaks of sums over the process tree. Pages of mapped files count in `rss` only."""
+
+    wall_s: float
+    cpu_s: float
+    private_mib: float
+    rss_mib: float
+
+
+def cost_of(command: Sequence[str], *, log: Path | None = None) -> Cost:
+    """Run a command and sample its process tree. Raises: CalledProcessError: it failed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    output = open(log, "ab") if log else subprocess.DEVNULL  # noqa: SIM115
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    private = rss = 0
+    while process.poll() is None:
+        sums = [_memory_kib(pid) for pid in _tree(process.pid)]
+        private = max(private, sum(size[0] for size in sums))
+        rss = max(rss, sum(sum(size) for size in sums))
+        time.sleep(SAMPLE_EVERY_S)
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(wall, cpu, private / 1024, rss / 1024)
+
+
+def machine() -> str:
+    """One line about the machine and the versions."""
+    import platform
+
+    import numpy
+    import pyarrow
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return (
+        f"{model}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"pyarrow {pyarrow.__version__}, numpy {numpy.__version__}"
+    )
+
+
+def _tree(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def _memory_kib(pid: int) -> tuple[int, int]:
+    """Private and file-backed (or shared) resident memory."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    named = [line.split() for line in lines if line.startswith("Rss")]
+    sizes = {words[0].rstrip(":"): int(words[1]) for words in named}
+    return sizes.get("RssAnon", 0), sizes.get("RssFile", 0) + sizes.get("RssShmem", 0)

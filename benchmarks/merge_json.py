@@ -1,0 +1,90 @@
+"""Joining 16 shards of a meta_lat.json: ours against reading, updating and dumping dictionaries, alternately.
+
+python benchmarks/merge_json.py [--sizes 62500,250000,1000000] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from measure import Cost, cost_of, machine
+
+NUM_SHARDS = 16
+RIVAL = """
+import json, sys
+merged = {}
+for path in sys.argv[2:]:
+    with open(path) as file:
+        merged.update(json.load(file))
+with open(sys.argv[1], "w") as file:
+    file.write(json.dumps(merged, indent=2))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="62500,250000,1000000")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    print(machine())
+    print("\n| pictures | json, s wall / cpu | ours | ratio wall | ratio cpu | json, private MiB | ours |")
+    print("|---|---|---|---|---|---|---|")
+    for size in map(int, options.sizes.split(",")):
+        with tempfile.TemporaryDirectory(prefix="merge_json_") as folder:
+            compare(Path(folder), size, options.repeats)
+
+
+def compare(folder: Path, size: int, repeats: int) -> None:
+    shards = make_shards(folder, size)
+    theirs: list[Cost] = []
+    ours: list[Cost] = []
+    for _ in range(repeats):
+        theirs.append(cost_of([sys.executable, "-c", RIVAL, f"{folder}/theirs.json", *shards]))
+        command = [
+            sys.executable,
+            "-m",
+            "sdxl_core.cli",
+            "merge-json",
+            "--out",
+            f"{folder}/ours.json",
+            "--sources",
+            *shards,
+        ]
+        ours.append(cost_of(command))
+    assert (folder / "theirs.json").read_bytes() == (folder / "ours.json").read_bytes()
+    a, b = (
+        {name: statistics.median(getattr(cost, name) for cost in costs) for name in Cost.__slots__}
+        for costs in (theirs, ours)
+    )
+    print(
+        f"| {size} | {a['wall_s']:.2f} / {a['cpu_s']:.2f} | {b['wall_s']:.2f} / {b['cpu_s']:.2f} "
+        f"| {a['wall_s'] / b['wall_s']:.1f} | {a['cpu_s'] / b['cpu_s']:.1f} "
+        f"| {a['private_mib']:.0f} | {b['private_mib']:.0f} |",
+        flush=True,
+    )
+
+
+def make_shards(folder: Path, size: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    words = [f"tag_number_{number}" for number in range(2_000)]
+    shards = []
+    for shard in range(NUM_SHARDS):
+        start, stop = (size * i // NUM_SHARDS for i in (shard, shard + 1))
+        picks = rng.integers(0, len(words), (stop - start, 30))
+        entries = {
+            f"danbooru/{number}": {"tags": ", ".join(words[i] for i in row), "train_resolution": [1024, 1024]}
+            for number, row in zip(range(start, stop), picks.tolist(), strict=True)
+        }
+        shards.append(f"{folder}/{shard:02d}.json")
+        Path(shards[-1]).write_text(json.dumps(entries, indent=2))
+    return shards
+
+
+if __name__ == "__main__":
+    main()
