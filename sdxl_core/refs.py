@@ -181,7 +181,10 @@ class CatalogPlanRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogPartRef:
-    """A finished part of a catalog: `path` + .rows.arrow, .vocab.arrow, .rejected.jsonl. seen = kept + rejected."""
+    """A finished part of a catalog: `path` + .rows.arrow, .vocab.arrow, .rejected.jsonl.
+
+    seen = kept + filtered + rejected.   `num_filtered`: rows that the source's `ratings` leave out.
+    """
 
     index: int
     source: int
@@ -189,12 +192,13 @@ class CatalogPartRef:
     path: Path
     num_seen: int
     num_kept: int
+    num_filtered: int = 0
     num_rejected: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogRef:
-    """A catalog. Rows seen = rows kept + rejected; `num_records` pictures are made of the rows kept.
+    """A catalog. Rows seen = rows kept + filtered + rejected; `num_records` pictures are made of the rows kept.
 
     `missing`: records without image, tags, caption, facts.   `conflicts`: records for which two sources had it.
     """
@@ -204,6 +208,7 @@ class CatalogRef:
     num_records: int
     num_tags: int
     num_seen: int
+    num_filtered: int = 0
     num_rejected: int
     missing: dict[str, int]
     conflicts: dict[str, int]

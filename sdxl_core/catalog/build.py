@@ -30,6 +30,8 @@ from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import CatalogPartRef, CatalogPlanRef, CatalogRef, to_json
 from sdxl_core.rejected import Rejected, read_rejected, write_rejected
 
+RUN_OF_PARTS = 16
+
 
 def build_catalog(config: CatalogConfig, *, progress: Progress = no_progress) -> CatalogRef:
     """Read all sources into `config.out`; what is read already and has not changed is not read again.
@@ -40,7 +42,8 @@ def build_catalog(config: CatalogConfig, *, progress: Progress = no_progress) ->
     plans = plan_catalog(config)
     count = forked.num_processes(min(config.processes or len(os.sched_getaffinity(0)), len(plans)))
     parts: list[CatalogPartRef] = []
-    for part in forked.map_forked(partial(build_part, config=config), plans, count=count):
+    run = max(1, min(RUN_OF_PARTS, len(plans) // count))  # neighbours of one process: see sources/parquet.py
+    for part in forked.map_forked(partial(build_part, config=config), plans, count=count, run=run):
         parts.append(part)
         progress(STAGE, len(parts), len(plans), part.path.name[:8])
     return join_catalog(config, parts)
@@ -77,8 +80,9 @@ def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
         source=plan.source,
         digest=plan.digest,
         path=path,
-        num_seen=writer.num_rows + len(refused),
+        num_seen=writer.num_rows + writer.num_filtered + len(refused),
         num_kept=writer.num_rows,
+        num_filtered=writer.num_filtered,
         num_rejected=len(refused),
     )
     sizes = [file.stat().st_size for file in _files(path)]
@@ -130,6 +134,7 @@ def join_catalog(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> Cata
             "joined": identity,
             "has_pointers": joined.pointers is not None,
             "num_seen": sum(part.num_seen for part in parts),
+            "num_filtered": sum(part.num_filtered for part in parts),
             "num_rejected": num_rejected,
             "conflicts": joined.num_conflicts,
             "missing": _missing(opened, joined),
@@ -241,6 +246,7 @@ def _ref(out: Path, stored: dict[str, Any]) -> CatalogRef:
         num_records=stored["num_records"],
         num_tags=len(open_arrow(joined_path(out, stored["joined"], "vocabulary"))),
         num_seen=stored["num_seen"],
+        num_filtered=stored["num_filtered"],
         num_rejected=stored["num_rejected"],
         missing=stored["missing"],
         conflicts=stored["conflicts"],

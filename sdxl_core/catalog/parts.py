@@ -37,10 +37,11 @@ class PartWriter:
     def __init__(self, path: Path, *, use: Sequence[str] = ("images", "facts", "tags", "captions")) -> None:
         self._path = path
         self._names = {"key", *(name for group, names in COLUMNS_OF_USE.items() if group in use for name in names)}
-        self._ids: dict[tuple[int, str], int] = {}
-        self._counts = np.zeros(0, np.int64)
+        self._dictionaries: list[tuple[int, pa.Array]] = []  # category and tags, as met batch by batch
+        self._num_met = 0
         self._batches: list[pa.RecordBatch] = []
         self.num_rows = 0
+        self.num_filtered = 0  # rows that the source's own settings leave out; the reader counts them
 
     def __enter__(self) -> Self:
         return self
@@ -49,9 +50,17 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            write_arrow(vocab_path(self._path), self._vocabulary())
+            vocabulary, ids = self._unified()
             rows = pa.Table.from_batches(self._batches, schema=ROWS).combine_chunks().to_batches()
-            write_arrow(rows_path(self._path), rows[0] if rows else pa.RecordBatch.from_pylist([], schema=ROWS))
+            batch = rows[0] if rows else pa.RecordBatch.from_pylist([], schema=ROWS)
+            lists = batch["tags"]
+            tags = ids[lists.flatten().to_numpy()]
+            lists = _lists(np.asarray(pc.fill_null(pc.list_value_length(lists), 0)), tags, lists.is_null())
+            counts = pa.array(np.bincount(tags, minlength=len(vocabulary[0])))
+            write_arrow(vocab_path(self._path), pa.RecordBatch.from_arrays([*vocabulary, counts], schema=VOCABULARY))
+            write_arrow(
+                rows_path(self._path), batch.set_column(ROWS.get_field_index("tags"), ROWS.field("tags"), lists)
+            )
 
     def add(self, columns: Mapping[str, pa.Array], tags: Sequence[TagColumn] = ()) -> None:
         """Append rows.
@@ -76,29 +85,38 @@ class PartWriter:
         if not columns:
             return pa.nulls(num_rows, TAGS)
         lengths = [np.asarray(pc.fill_null(pc.list_value_length(column.values), 0)) for column in columns]
-        ids = [self._ids_of(column) for column in columns]
-        unknown = np.logical_and.reduce([np.asarray(pc.is_null(column.values)) for column in columns])
-        rows, values = _without_repetition(*_interleaved(lengths, ids, num_rows))
-        counts = np.bincount(values, minlength=len(self._ids))
-        self._counts = counts + np.pad(self._counts, (0, len(counts) - len(self._counts)))
-        offsets = np.zeros(num_rows + 1, np.int32)
-        np.cumsum(np.bincount(rows, minlength=num_rows), out=offsets[1:])
-        return pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(values.astype(np.uint32)), type=TAGS, mask=pa.array(unknown)
-        )
+        unknown = pa.array(np.logical_and.reduce([np.asarray(pc.is_null(column.values)) for column in columns]))
+        rows, values = _without_repetition(*_interleaved(lengths, self._met(columns), num_rows))
+        return _lists(np.bincount(rows, minlength=num_rows), values.astype(np.uint32), unknown)
 
-    def _ids_of(self, column: TagColumn) -> Ints:
-        """Position in this part's vocabulary of every tag of the column, new ones appended to it."""
-        encoded = column.values.flatten().dictionary_encode()
-        codes = [self._ids.setdefault((column.category, tag), len(self._ids)) for tag in encoded.dictionary.to_pylist()]
-        ids: Ints = np.asarray(codes, np.int64)[np.asarray(encoded.indices)]
-        return ids
+    def _met(self, columns: Sequence[TagColumn]) -> list[Ints]:
+        """A number for every tag of each column: the same for the same tag and category within this call only."""
+        numbers: dict[int, Ints] = {}
+        for category in dict.fromkeys(column.category for column in columns):
+            places = [place for place, column in enumerate(columns) if column.category == category]
+            tags = [columns[place].values.flatten() for place in places]
+            encoded = (pa.concat_arrays(tags) if len(tags) > 1 else tags[0]).dictionary_encode()
+            indices = np.asarray(encoded.indices, np.int64) + self._num_met
+            numbers.update(zip(places, np.split(indices, np.cumsum([len(part) for part in tags])[:-1]), strict=True))
+            self._dictionaries.append((category, encoded.dictionary.cast(pa.string())))
+            self._num_met += len(encoded.dictionary)
+        return [numbers[place] for place in range(len(columns))]
 
-    def _vocabulary(self) -> pa.RecordBatch:
-        counts = np.pad(self._counts, (0, len(self._ids) - len(self._counts)))
-        tags = pa.array((tag for _, tag in self._ids), pa.string())
-        categories = pa.array((category for category, _ in self._ids), pa.uint8())
-        return pa.RecordBatch.from_arrays([tags, categories, pa.array(counts, pa.int64())], schema=VOCABULARY)
+    def _unified(self) -> tuple[tuple[pa.Array, pa.Array], Ints]:
+        """Tags and their categories, each once, and the position among them of every number that `_met` gave."""
+        starts = np.cumsum([0, *(len(tags) for _, tags in self._dictionaries)])
+        ids = np.zeros(self._num_met, np.uint32)
+        tags, categories = [pa.array([], pa.string())], [pa.array([], pa.uint8())]
+        num_tags = 0
+        for category in sorted({category for category, _ in self._dictionaries}):
+            places = [place for place, (owner, _) in enumerate(self._dictionaries) if owner == category]
+            encoded = pa.concat_arrays([self._dictionaries[place][1] for place in places]).dictionary_encode()
+            numbers = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in places])
+            ids[numbers] = np.asarray(encoded.indices) + num_tags
+            tags.append(encoded.dictionary)
+            categories.append(pa.array(np.full(len(encoded.dictionary), category, np.uint8)))
+            num_tags += len(encoded.dictionary)
+        return (pa.concat_arrays(tags), pa.concat_arrays(categories)), ids
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,13 @@ def key_hashes(keys: pa.StringArray) -> pa.UInt64Array:
     sums[filled] = np.add.reduceat(terms, starts[filled])
     sums ^= sums >> np.uint64(29)
     return pa.array(sums * np.uint64(0xBF58476D1CE4E5B9))
+
+
+def _lists(lengths: Ints, values: Ints, unknown: pa.Array) -> pa.ListArray:
+    """Consecutive runs of `values` as lists, null where `unknown`."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=TAGS, mask=unknown)
 
 
 def _interleaved(lengths: Sequence[Ints], values: Sequence[Ints], num_rows: int) -> tuple[Ints, Ints]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,16 +18,20 @@ R = TypeVar("R")
 
 
 def num_processes(num_wanted: int) -> int:
-    """How many processes can share work here: 1 where forking is unsafe (other threads run, or no /proc tells)."""
-    threads = Path("/proc/self/task")
-    if not threads.exists() or len(os.listdir(threads)) > 1:
+    """How many processes can share work here: 1 where forking is unsafe (other threads run, or it is no Linux).
+
+    Idle threads of allocators and of OpenBLAS do not count: merely importing pyarrow and numpy starts them, and their
+    libraries take care of forks. Torch's may hold a lock of OpenMP.
+    """
+    if sys.platform != "linux" or threading.active_count() > 1 or "torch" in sys.modules:
         return 1
     return max(1, min(num_wanted, len(os.sched_getaffinity(0))))
 
 
-def map_forked(work: Callable[[T], R], items: Sequence[T], *, count: int) -> Iterator[R]:
+def map_forked(work: Callable[[T], R], items: Sequence[T], *, count: int, run: int = 1) -> Iterator[R]:
     """`work` of every item, in order, by `count` processes of which this one is the first.
 
+    Processes take turns, `run` consecutive items at a time.
     A process that fails or is killed just ends: its missing results are computed here, so a failure is met under its
     own name. Processes end with their parent, however it ends. Results must be picklable.
     """
@@ -36,14 +42,24 @@ def map_forked(work: Callable[[T], R], items: Sequence[T], *, count: int) -> Ite
         for start in range(1, count):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_deliver, args=(work, items[start::count], writer, [*readers, reader], parent), daemon=True
+                target=_deliver,
+                args=(
+                    work,
+                    [item for index, item in enumerate(items) if index // run % count == start],
+                    writer,
+                    [*readers, reader],
+                    parent,
+                ),
+                daemon=True,
             )
-            process.start()
+            with warnings.catch_warnings():  # Python 3.12 warns of any thread, the idle ones above too
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
             writer.close()
             running.append(process)
             readers.append(reader)
         for index, item in enumerate(items):
-            owner = index % count
+            owner = index // run % count
             if owner and readers[owner - 1].closed:
                 yield work(item)
             elif owner:
