@@ -32,11 +32,13 @@ class ImageFile(NamedTuple):
 class NameListing:
     """Names of the pictures below `source`, sorted as sd-scripts sorts; `rejected`: names that cannot be used.
 
-    `names` and `texts` are POSIX paths below the source; `texts`: every file with one of the asked text extensions.
+    `names` and `texts` are POSIX paths below the source; `keys`: the names without extension; `texts`: every file with
+    one of the asked text extensions.
     """
 
     source: Path
     names: tuple[str, ...]
+    keys: tuple[str, ...]
     rejected: tuple[Rejected, ...]
     texts: frozenset[str]
 
@@ -85,9 +87,11 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
         for name in _in_order(scan.dangling)
     ]
     names: list[str] = []
+    keys: list[str] = []
     owner: dict[str, str] = {}
     for name in _in_order(scan.images):
-        first = owner.setdefault(key_of(name), name)
+        key = key_of(name)
+        first = owner.setdefault(key, name)
         if not (name.isascii() or _is_utf8(name)):
             detail = "the file name is not valid UTF-8; rename the file"
             rejected.append(Rejected(stage=stage, key=_shown(name), reason="bad_file_name", detail=detail))
@@ -96,7 +100,8 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
             rejected.append(Rejected(stage=stage, key=name, reason="duplicate_key", detail=detail))
         else:
             names.append(name)
-    return NameListing(source=source, names=tuple(names), rejected=tuple(rejected), texts=scan.texts)
+            keys.append(key)
+    return NameListing(source=source, names=tuple(names), keys=tuple(keys), rejected=tuple(rejected), texts=scan.texts)
 
 
 def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: tuple[str, ...] = ()) -> ImageListing:

@@ -28,7 +28,7 @@ def read_text(path: Path | str) -> str:
     handle = os.open(path, os.O_RDONLY)
     try:
         data = piece = os.read(handle, _READ_BYTES)
-        while piece and len(data) <= MAX_TEXT_BYTES:
+        while len(piece) == _READ_BYTES and len(data) <= MAX_TEXT_BYTES:
             piece = os.read(handle, _READ_BYTES)
             data += piece
     finally:

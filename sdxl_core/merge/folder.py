@@ -51,11 +51,11 @@ def _plan_shard(
 ) -> ShardRef:
     """Look at the shard's text files and store its rows, unless they are merged already."""
     start, stop = (len(listing.names) * i // num_shards for i in (index, index + 1))
-    names = listing.names[start:stop]
+    keys = listing.keys[start:stop]
     columns = {
-        "names": names,
-        "tags": _text_stats(config.source, names, listing.texts, config.tag_extension),
-        "captions": _text_stats(config.source, names, listing.texts, config.caption_extension),
+        "names": listing.names[start:stop],
+        "tags": _text_stats(config.source, keys, listing.texts, config.tag_extension),
+        "captions": _text_stats(config.source, keys, listing.texts, config.caption_extension),
         "rejected": [[row.key, row.reason, row.detail] for row in listing.rejected] if index == 0 else [],
     }
     body = orjson.dumps(columns)
@@ -66,12 +66,12 @@ def _plan_shard(
     return shard
 
 
-def _text_stats(source: os.PathLike[str], names: Sequence[str], texts: frozenset[str], extension: str) -> list[int]:
+def _text_stats(source: os.PathLike[str], keys: Sequence[str], texts: frozenset[str], extension: str) -> list[int]:
     """Size in bytes and mtime_ns of each picture's text file, one after the other; -1, -1 where there is none."""
     prefix, stat = os.path.join(source, ""), os.stat
     numbers: list[int] = []
-    for name in names:
-        text = key_of(name) + extension
+    for key in keys:
+        text = key + extension
         if text not in texts:
             numbers += (-1, -1)
             continue
