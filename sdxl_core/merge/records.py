@@ -72,7 +72,10 @@ class _EntryWriter:
     @cached_property
     def _written(self) -> pa.Array:
         """Each tag as it stands in the JSON, escaped."""
-        return pa.array((quoted(spelled(tag, self._config.clean))[1:-1] for tag in self._tags), pa.string())
+        tags = self._catalog.vocabulary["tag"]
+        if "underscores" in self._config.clean:
+            tags = pa.array((spelled(tag, self._config.clean) for tag in self._tags), pa.string())
+        return _escaped(tags)
 
     @cached_property
     def _ends(self) -> Ints:
