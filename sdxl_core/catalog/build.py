@@ -32,6 +32,8 @@ from sdxl_core.rejected import Rejected, read_rejected, write_rejected
 
 RUN_OF_PARTS = 16
 
+Ints = np.ndarray[Any, np.dtype[Any]]
+
 
 def build_catalog(config: CatalogConfig, *, progress: Progress = no_progress) -> CatalogRef:
     """Read all sources into `config.out`; what is read already and has not changed is not read again.
@@ -146,20 +148,7 @@ def join_catalog(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> Cata
 
 def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joined) -> None:
     """The vocabulary over all parts, each part's tags as positions in it, and the rows of every record."""
-    texts = pa.concat_arrays(
-        [
-            pc.binary_join_element_wise(
-                part.vocabulary["category"].cast(pa.large_string()),
-                part.vocabulary["tag"].cast(pa.large_string()),
-                pa.scalar("\0", pa.large_string()),
-            )
-            for part in parts
-        ]
-    ).dictionary_encode()
-    ends = np.cumsum([len(part.vocabulary) for part in parts])
-    maps = np.split(np.asarray(texts.indices).astype(np.uint32), ends[:-1])
-    spelled = texts.dictionary.cast(pa.string())
-    del texts
+    spelled, maps = _unified(parts)
     split = pc.split_pattern(spelled, "\0", max_splits=1)
     counts = np.zeros(len(spelled), np.int64)
     for part, ids in zip(parts, maps, strict=True):
@@ -186,6 +175,22 @@ def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joine
                 [pa.array(rows.astype(np.int32)) for rows in joined.pointers.values()], names=list(joined.pointers)
             ),
         )
+
+
+def _unified(parts: Sequence[Part]) -> tuple[pa.Array, list[Ints]]:
+    """All tags as `category NUL tag`, in order of first appearance, and where each part's tags stand among them.
+
+    One part at a time: the tags of all parts together are many times the tags that differ.
+    """
+    known = pa.array([], pa.string())
+    maps: list[Ints] = []
+    for part in parts:
+        vocabulary = part.vocabulary
+        texts = pc.binary_join_element_wise(vocabulary["category"].cast(pa.string()), vocabulary["tag"], "\0")
+        new = texts.filter(pc.is_null(pc.index_in(texts, known)))
+        known = pa.concat_arrays([known, new])
+        maps.append(pc.index_in(texts, known).to_numpy().astype(np.uint32))
+    return known, maps
 
 
 def _counts_of(
