@@ -1,0 +1,85 @@
+"""What a query will find, term by term, before anything is done with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdxl_core.catalog.records import Catalog
+from sdxl_core.query.expressions import And, Everything, Expression, Not, Or, Query, Tag, Wildcard
+from sdxl_core.query.index import Index
+from sdxl_core.query.names import TagNames
+from sdxl_core.query.select import evaluate, scan
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A term or a group of terms. `depth`: how deep it is nested.   `note`: what is odd about it, "" for nothing."""
+
+    text: str
+    depth: int
+    num_records: int
+    note: str
+
+
+def explain(catalog: Catalog, query: Query, index: Index | None = None) -> list[Explained]:
+    """Count every term and group of a query: the whole first, then its parts, each below what it belongs to."""
+    nested = _nested(query.where, 0)
+    counts = _counts(catalog, [expression for expression, _ in nested], index)
+    names = index.names if index is not None else TagNames.of(catalog.vocabulary)
+    return [
+        Explained(_text(query, expression), depth, count, note_on(expression, names))
+        for (expression, depth), count in zip(nested, counts, strict=True)
+    ]
+
+
+def notes(catalog: Catalog, query: Query, index: Index | None = None) -> list[str]:
+    """What is odd about a query's terms: tags that no picture has, with what may have been meant."""
+    names = index.names if index is not None else TagNames.of(catalog.vocabulary)
+    found = [note_on(expression, names) for expression, _ in _nested(query.where, 0)]
+    return list(dict.fromkeys(note for note in found if note))
+
+
+def note_on(expression: Expression, names: TagNames) -> str:
+    """Why a tag or a pattern finds nothing, or how many tags a pattern covers."""
+    if isinstance(expression, Wildcard):
+        covered = len(names.places_of(expression))
+        return f"covers {covered:,} tags" if covered else f"no tag looks like {expression.pattern}"
+    if not isinstance(expression, Tag) or len(names.ids_of(expression)):
+        return ""
+    near = ", ".join(f"{name} ({count:,})" for name, count in names.near(expression.name))
+    return f"no picture has {expression.name}" + (f"; did you mean {near}?" if near else "")
+
+
+def explained_text(explained: list[Explained], num_records: int) -> str:
+    """The counts as lines for a terminal."""
+    lines = [f"{num_records:>12,}  pictures in the catalog"]
+    for part in explained:
+        note = f"   <- {part.note}" if part.note else ""
+        lines.append(f"{part.num_records:>12,}  {'  ' * part.depth}{part.text}{note}")
+    return "\n".join(lines)
+
+
+def _counts(catalog: Catalog, expressions: list[Expression], index: Index | None) -> list[int]:
+    if index is not None:
+        return [int(evaluate(expression, index).sum()) for expression in expressions]
+    counts = [0] * len(expressions)
+    for _, conditions in scan(catalog, expressions):
+        for number, expression in enumerate(expressions):
+            counts[number] += int(evaluate(expression, conditions).sum())
+    return counts
+
+
+def _nested(expression: Expression, depth: int) -> list[tuple[Expression, int]]:
+    found = [(expression, depth)]
+    if isinstance(expression, Not):
+        found += _nested(expression.part, depth + 1)
+    elif isinstance(expression, And | Or):
+        for part in expression.parts:
+            found += _nested(part, depth + 1)
+    return found
+
+
+def _text(query: Query, expression: Expression) -> str:
+    if isinstance(expression, Everything):
+        return "(everything)"
+    return query.text[expression.start : expression.stop]

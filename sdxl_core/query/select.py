@@ -1,0 +1,238 @@
+"""Which records a query picks: conditions as columns of truth values, from a scan or from the index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sdxl_core.catalog.records import Catalog, Chunk
+from sdxl_core.query.expressions import (
+    And,
+    Everything,
+    Expression,
+    FileType,
+    Has,
+    Not,
+    Or,
+    Query,
+    Range,
+    Rating,
+    Source,
+    Tag,
+    Values,
+    Wildcard,
+    walk,
+)
+from sdxl_core.query.names import TagNames
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+DECIMALS = 2  # ratio:1.78 and mpixels:2.5 mean numbers that round to these
+
+
+class Conditions(Protocol):
+    """Records, and which of them meet a single condition."""
+
+    num_records: int
+
+    def meet(self, condition: Expression) -> Mask: ...
+
+
+class Selection(NamedTuple):
+    """`records`: ascending (int64).   `num_matched`: before limit and random."""
+
+    records: Ints
+    num_matched: int
+
+
+def evaluate(expression: Expression, conditions: Conditions) -> Mask:
+    """Which records an expression is true for."""
+    if isinstance(expression, Everything):
+        return np.ones(conditions.num_records, bool)
+    if isinstance(expression, Not):
+        return ~evaluate(expression.part, conditions)
+    if isinstance(expression, And | Or):
+        merge = np.logical_and if isinstance(expression, And) else np.logical_or
+        mask = evaluate(expression.parts[0], conditions)
+        for part in expression.parts[1:]:
+            mask = merge(mask, evaluate(part, conditions))
+        return mask
+    return conditions.meet(expression)
+
+
+def select_by_scan(catalog: Catalog, query: Query) -> Selection:
+    """Read the needed columns of every record."""
+    found: list[Ints] = [np.zeros(0, np.int64)]
+    for chunk, conditions in scan(catalog, [query.where]):
+        found.append(np.flatnonzero(evaluate(query.where, conditions)) + chunk.start)
+    return narrowed(catalog, query, np.concatenate(found))
+
+
+def narrowed(catalog: Catalog, query: Query, records: Ints) -> Selection:
+    """Apply random: and limit:. A draw depends on seed and keys only, not on the order of the catalog."""
+    num_matched = len(records)
+    if query.random is not None and query.random < len(records):
+        draws = np.empty(len(records), np.uint64)
+        for start in range(0, len(records), 1 << 20):
+            piece = records[start : start + (1 << 20)]
+            draws[start : start + len(piece)] = catalog.take(piece, ["key_hash"])["key_hash"].to_numpy()
+        drawn = np.argsort(_mixed(draws, query.seed), kind="stable")[: query.random]
+        records = np.sort(records[drawn])
+    if query.limit is not None:
+        records = records[: query.limit]
+    return Selection(records, num_matched)
+
+
+def scan(catalog: Catalog, expressions: Sequence[Expression]) -> Iterator[tuple[Chunk, ScannedConditions]]:
+    """Chunks of the catalog with what the expressions ask for."""
+    conditions = {part for expression in expressions for part in walk(expression)}
+    tags = [part for part in conditions if isinstance(part, Tag | Wildcard)]
+    codes = _TagCodes.of(catalog, tags)
+    columns = ["key", *dict.fromkeys(name for part in conditions for name in _columns_of(part))]
+    for chunk in catalog.chunks(columns):
+        yield chunk, ScannedConditions(chunk.table, codes)
+
+
+class _TagCodes(NamedTuple):
+    """For every tag of the catalog, one bit for each of `terms` that means it (uint8 to uint64 [num_tags, words])."""
+
+    terms: dict[Expression, int]
+    bits: Ints
+
+    @classmethod
+    def of(cls, catalog: Catalog, terms: Sequence[Tag | Wildcard]) -> _TagCodes:
+        if not terms:
+            return cls({}, np.zeros((0, 0), np.uint8))
+        names = TagNames.of(catalog.vocabulary)
+        width = next(size for size in (8, 16, 32, 64) if len(terms) <= size or size == 64)
+        bits = np.zeros((-(-len(terms) // width), len(catalog.vocabulary)), f"u{width // 8}")
+        for number, term in enumerate(terms):
+            bits[number // width, names.ids_of(term)] |= bits.dtype.type(1 << (number % width))
+        return cls({term: number for number, term in enumerate(terms)}, bits)
+
+    def met_by(self, lists: pa.ListArray) -> Ints:
+        """The bits of all tags of each row together, [words, num_rows]."""
+        met = np.zeros((len(self.bits), len(lists)), self.bits.dtype)
+        offsets = np.asarray(lists.offsets)
+        filled = offsets[1:] > offsets[:-1]
+        if filled.any():
+            ids = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+            starts = (offsets[:-1] - offsets[0])[filled]
+            for word, bits in enumerate(self.bits):
+                met[word, filled] = np.bitwise_or.reduceat(bits[ids], starts)
+        return met
+
+
+class ScannedConditions:
+    """The conditions on one chunk of records."""
+
+    def __init__(self, table: pa.RecordBatch, codes: _TagCodes) -> None:
+        self.num_records = table.num_rows
+        self._table, self._codes = table, codes
+        self._met = codes.met_by(table["tags"]) if codes.terms else None
+
+    def meet(self, condition: Expression) -> Mask:
+        if isinstance(condition, Tag | Wildcard):
+            assert self._met is not None
+            width = self._met.dtype.itemsize * 8
+            number = self._codes.terms[condition]
+            mask: Mask = (self._met[number // width] >> self._met.dtype.type(number % width)) & 1 == 1
+            return mask
+        if isinstance(condition, Range | Values):
+            return numbers_meet(condition, lambda column: as_numbers(self._column(column)))
+        if isinstance(condition, Rating):
+            return np.isin(as_numbers(self._column("rating"))[0], condition.codes)
+        if isinstance(condition, FileType):
+            return has_ending(self._table["image"], condition.endings)
+        if isinstance(condition, Source):
+            return has_prefix(self._table["key"], condition.prefixes)
+        if isinstance(condition, Has):
+            return np.asarray(self._table[condition.what].is_valid())
+        raise TypeError(condition)
+
+    def _column(self, name: str) -> pa.Array:
+        if name == "tagcount":
+            return pc.list_value_length(self._table["tags"])
+        return self._table[name]
+
+
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "favcount": ("fav_count",),
+    "filesize": ("num_bytes",),
+    "mpixels": ("width", "height"),
+    "ratio": ("width", "height"),
+    "tagcount": ("tagcount",),
+}
+
+
+def _columns_of(condition: Expression) -> tuple[str, ...]:
+    """The columns of the catalog that a condition looks at."""
+    if isinstance(condition, Tag | Wildcard):
+        return ("tags",)
+    if isinstance(condition, Range | Values):
+        stored = _COLUMNS.get(condition.number, (condition.number,))
+        return tuple("tags" if name == "tagcount" else name for name in stored)
+    if isinstance(condition, Rating):
+        return ("rating",)
+    if isinstance(condition, FileType):
+        return ("image",)
+    return (condition.what,) if isinstance(condition, Has) else ()
+
+
+def numbers_meet(condition: Range | Values, column: Callable[[str], tuple[Ints, Mask]]) -> Mask:
+    """Whether each record's number is asked for. `column`: values of a stored column, and which are known."""
+    numbers, known = _number(condition.number, column)
+    rounded = condition.number in ("ratio", "mpixels")
+    if isinstance(condition, Values):
+        wanted = np.asarray(condition.values)
+        if rounded:
+            numbers, wanted = np.round(numbers, DECIMALS), np.round(wanted, DECIMALS)
+        return known & np.isin(numbers, wanted)
+    low, high = condition.low, condition.high
+    if rounded and low is not None and low == high:
+        return known & np.isin(np.round(numbers, DECIMALS), round(low, DECIMALS))
+    mask: Mask = known
+    if low is not None:
+        mask = mask & (numbers >= low if condition.low_included else numbers > low)
+    if high is not None:
+        mask = mask & (numbers <= high if condition.high_included else numbers < high)
+    return mask
+
+
+def _number(name: str, column: Callable[[str], tuple[Ints, Mask]]) -> tuple[Ints, Mask]:
+    if name not in ("mpixels", "ratio"):
+        return column(_COLUMNS.get(name, (name,))[0])
+    (width, width_known), (height, height_known) = column("width"), column("height")
+    known = width_known & height_known & (height > 0)
+    if name == "mpixels":
+        return width.astype(np.float64) * height / 1e6, known
+    return width / np.where(known, height, 1), known
+
+
+def as_numbers(column: pa.Array) -> tuple[Ints, Mask]:
+    """A column's values, 0 where null, and where it is not null."""
+    return pc.fill_null(column, 0).to_numpy(zero_copy_only=False), np.asarray(column.is_valid())
+
+
+def has_ending(images: pa.Array, endings: Sequence[str]) -> Mask:
+    """Which names end in one of these, in any case."""
+    lower = pc.utf8_lower(images)
+    masks = [np.asarray(pc.fill_null(pc.ends_with(lower, f".{ending}"), False)) for ending in endings]
+    return np.asarray(np.logical_or.reduce(masks))
+
+
+def has_prefix(keys: pa.Array, prefixes: Sequence[str]) -> Mask:
+    """Which keys begin with one of these."""
+    return np.asarray(np.logical_or.reduce([np.asarray(pc.starts_with(keys, prefix)) for prefix in prefixes]))
+
+
+def _mixed(hashes: Ints, seed: int) -> Ints:
+    """splitmix64 of hash and seed: a draw that any subset of the records agrees on."""
+    mixed = hashes + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,195 @@
+"""What a query finds: a naive evaluator, one row at a time, is the expected value; scan and index agree with it."""
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.rows import catalog_of
+
+from sdxl_core.catalog.records import Catalog
+from sdxl_core.dataset.text import normalise_tag
+from sdxl_core.query.explain import explain
+from sdxl_core.query.expressions import (
+    And,
+    Everything,
+    Expression,
+    FileType,
+    Has,
+    Not,
+    Or,
+    Range,
+    Rating,
+    Source,
+    Tag,
+    Values,
+    Wildcard,
+)  # fmt: skip
+from sdxl_core.query.grammar import parse
+from sdxl_core.query.index import build_index
+from sdxl_core.query.select import select_by_scan
+
+TAGS = ["1girl", "long hair", "long_hair", "astolfo_(fate)", "astolfo", ":(", "Éclair", "fox_ears", "cat_ears", "a*b"]
+CATEGORIES = st.sampled_from(["", "general", "character"])
+
+row = st.fixed_dictionaries(
+    {
+        "tags": st.none() | st.dictionaries(CATEGORIES, st.lists(st.sampled_from([*TAGS, "re:zero"]))),
+        "image": st.sampled_from([None, "x/1.png", "1.WEBP", "noending"]),
+        "caption": st.none() | st.just("words"),
+        "id": st.none() | st.integers(0, 12),
+        "score": st.none() | st.integers(-3, 12),
+        "fav_count": st.none() | st.integers(0, 3),
+        "width": st.none() | st.sampled_from([500, 1000, 1600]),
+        "height": st.none() | st.sampled_from([500, 900, 1000]),
+        "rating": st.none() | st.integers(1, 4),
+        "num_bytes": st.none() | st.sampled_from([100, 2048, 2**20]),
+    }
+)
+signs = st.sampled_from(["", ">=", ">", "<=", "<"])
+ranges = st.builds("{}{}".format, signs, st.integers(-1, 10)) | st.sampled_from(["1..10", "..3", "3..", "1,3,10"])
+WORDS = """
+1girl long_hair "long hair" astolfo_(fate) astolfo :( éclair nobody re:zero "a*b"
+*_ears astolfo* * *hair* f*_e*s A*B
+width:>=1000 height:500..900 mpixels:1 mpixels:>1.2 ratio:1.78 ratio:16:9 ratio:<1 filesize:>1kb filesize:..2kb
+rating:g,s rating:e filetype:png filetype:webp,png has:tags has:caption has:image source:a source:a,b source:a/b
+"""
+words = st.sampled_from(WORDS.replace("long hair", "long\0hair").split()).map(lambda word: word.replace("\0", " "))
+plain = words | st.builds("{}:{}".format, st.sampled_from(["id", "score", "favcount", "tagcount"]), ranges)
+terms = st.recursive(
+    plain,
+    lambda inner: (
+        st.builds("{} {}".format, inner, inner)
+        | st.builds("( {} or {} )".format, inner, inner)
+        | st.builds("-( {} )".format, inner)
+        | st.builds("( ~{} ~{} and {} )".format, plain, plain, inner)
+    ),
+    max_leaves=5,
+)
+queries = terms | st.builds("-{}".format, plain) | st.just("")
+
+
+def truth(expression: Expression, row: dict[str, Any]) -> bool:
+    """The meaning of an expression for one row."""
+    tags = {normalise_tag(tag) for tags in (row["tags"] or {}).values() for tag in tags}
+    match expression:
+        case Everything():
+            return True
+        case Not(part=part):
+            return not truth(part, row)
+        case And(parts=parts):
+            return all(truth(part, row) for part in parts)
+        case Or(parts=parts):
+            return any(truth(part, row) for part in parts)
+        case Tag(name=name):
+            return name in tags
+        case Wildcard(pattern=pattern):
+            return any(fnmatch.fnmatchcase(tag, pattern.replace("[", "[[]")) for tag in tags)
+        case Rating(codes=codes):
+            return row["rating"] in codes
+        case FileType(endings=endings):
+            return row["image"] is not None and any(row["image"].lower().endswith(f".{ending}") for ending in endings)
+        case Source(prefixes=prefixes):
+            return row["key"].startswith(prefixes)
+        case Has(what=what):
+            return row[what] is not None
+        case Range() | Values():
+            return number_is(expression, row)
+    raise AssertionError(expression)
+
+
+def number_is(condition: Range | Values, row: dict[str, Any]) -> bool:
+    width, height = row["width"], row["height"]
+    shaped = width is not None and height is not None
+    distinct = {(category, tag) for category, tags in (row["tags"] or {}).items() for tag in tags}
+    number = {
+        "favcount": lambda: row["fav_count"],
+        "filesize": lambda: row["num_bytes"],
+        "mpixels": lambda: width * height / 1e6 if shaped else None,
+        "ratio": lambda: width / height if shaped else None,
+        "tagcount": lambda: None if row["tags"] is None else len(distinct),
+    }.get(condition.number, lambda: row[condition.number])()
+    if number is None:
+        return False
+    rounded = condition.number in ("mpixels", "ratio")
+    if isinstance(condition, Values):
+        return any(round(number, 2) == round(value, 2) if rounded else number == value for value in condition.values)
+    if rounded and condition.low is not None and condition.low == condition.high:
+        return round(number, 2) == round(condition.low, 2)
+    above = condition.low is None or number > condition.low or (condition.low_included and number == condition.low)
+    below = condition.high is None or number < condition.high or (condition.high_included and number == condition.high)
+    return above and below
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(row, min_size=1, max_size=40),
+    texts=st.lists(queries, min_size=1, max_size=4),
+    part_rows=st.integers(1, 50),
+)
+def test_scan_and_index_find_what_the_naive_evaluator_finds(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], texts: list[str], part_rows: int
+) -> None:
+    rows = [{**row, "key": f"{'ab'[number % 2]}/{'b/' * (number % 3 == 0)}{number}"} for number, row in enumerate(rows)]
+    rows[0]["tags"] = rows[0]["tags"] or {"": []}
+    for row in rows:  # lists are empty where a row says nothing of a category that others have
+        if row["tags"] is not None:
+            row["tags"].setdefault("", [])
+    catalog = catalog_of(tmp_path_factory.mktemp("query"), [rows], part_rows=part_rows)
+    index = build_index(catalog)
+    for text in texts:
+        query = parse(text)
+        expected = [number for number, row in enumerate(rows) if truth(query.where, row)]
+        assert select_by_scan(catalog, query).records.tolist() == expected, text
+        assert index.select(query).records.tolist() == expected, text
+        for explained in (explain(catalog, query), explain(catalog, query, index)):
+            assert explained[0].num_records == len(expected)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    rows = [
+        {
+            "key": str(n),
+            "id": n,
+            "tags": {"general": [f"t{n % 7}", "all"], "artist": [f"artist_{n % 400}"]},
+            "score": n % 50,
+        }
+        for n in range(2_000)
+    ]
+    return catalog_of(tmp_path_factory.mktemp("many"), [rows], part_rows=300)
+
+
+def test_limit_takes_the_first(catalog: Catalog) -> None:
+    assert select_by_scan(catalog, parse("t3 limit:4")).records.tolist() == [3, 10, 17, 24]
+    assert select_by_scan(catalog, parse("t3 limit:4")).num_matched == 286
+
+
+def test_a_random_draw_depends_on_seed_and_keys_only(catalog: Catalog, tmp_path: Path) -> None:
+    drawn = select_by_scan(catalog, parse("t3 random:40 seed:5")).records
+    assert len(drawn) == 40 and (np.diff(drawn) > 0).all() and set(drawn % 7) == {3}
+    rows = [{"key": str(n), "tags": {"": [f"t{n % 7}"]}} for n in reversed(range(2_000))]
+    backwards = catalog_of(tmp_path, [rows])
+    again = select_by_scan(backwards, parse("t3 random:40 seed:5")).records
+    assert sorted(1_999 - again) == drawn.tolist()
+    assert select_by_scan(catalog, parse("t3 random:40 seed:6")).records.tolist() != drawn.tolist()
+    assert set(drawn) <= set(select_by_scan(catalog, parse("t3 random:80 seed:5")).records), (
+        "a larger draw has the smaller"
+    )
+
+
+def test_many_terms_at_once_are_told_apart(catalog: Catalog) -> None:
+    text = " or ".join(f"artist_{number}" for number in range(0, 400, 4))
+    expected = [number for number in range(2_000) if number % 400 % 4 == 0]
+    assert select_by_scan(catalog, parse(text)).records.tolist() == expected
+    assert build_index(catalog).select(parse(text)).records.tolist() == expected
+
+
+def test_an_unknown_tag_suggests_near_ones_with_their_counts(catalog: Catalog) -> None:
+    notes = {part.text: part.note for part in explain(catalog, parse("artst_12 all"))}
+    assert "did you mean artist_12 (5)" in notes["artst_12"]
+    assert notes["all"] == ""
+    assert "artist_1 (5)" in {part.text: part.note for part in explain(catalog, parse("artist"))}["artist"]
