@@ -30,7 +30,7 @@ from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.query.expressions import Expression, FileType, Has, Query, Range, Rating, Source, Tag, Values, Wildcard
 from sdxl_core.query.names import TagNames
-from sdxl_core.query.select import Ints, Mask, Selection, evaluate, has_prefix, narrowed, numbers_meet
+from sdxl_core.query.select import Ints, Mask, Selection, evaluate, has_prefix, is_any, narrowed, numbers_meet
 
 FORMAT = 1
 FREQUENT = 32  # one record in this many: from there on a bitmap is smaller than a list of uint32
@@ -65,12 +65,12 @@ class Index:
         if isinstance(condition, Range | Values):
             return numbers_meet(condition, self._numbers)
         if isinstance(condition, Rating):
-            return np.isin(self._file("rating"), condition.codes)
+            return is_any(self._file("rating"), condition.codes)
         if isinstance(condition, Has):
             return self._bits(self._file(f"has_{condition.what}"))
         if isinstance(condition, FileType):
             codes = [code for code, ending in enumerate(self._endings) if ending in condition.endings]
-            return np.isin(self._file("ending"), codes)
+            return is_any(self._file("ending"), codes)
         if isinstance(condition, Source):  # keys are not indexed
             chunks = self._catalog.chunks(["key"])
             return np.concatenate([has_prefix(chunk.table["key"], condition.prefixes) for chunk in chunks])

@@ -145,7 +145,7 @@ class ScannedConditions:
         if isinstance(condition, Range | Values):
             return numbers_meet(condition, lambda column: as_numbers(self._column(column)))
         if isinstance(condition, Rating):
-            return np.isin(as_numbers(self._column("rating"))[0], condition.codes)
+            return is_any(as_numbers(self._column("rating"))[0], condition.codes)
         if isinstance(condition, FileType):
             return has_ending(self._table["image"], condition.endings)
         if isinstance(condition, Source):
@@ -191,10 +191,10 @@ def numbers_meet(condition: Range | Values, column: Callable[[str], tuple[Ints, 
         wanted = np.asarray(condition.values)
         if rounded:
             numbers, wanted = np.round(numbers, DECIMALS), np.round(wanted, DECIMALS)
-        return known & np.isin(numbers, wanted)
+        return known & is_any(numbers, wanted.tolist())
     low, high = condition.low, condition.high
     if rounded and low is not None and low == high:
-        return known & np.isin(np.round(numbers, DECIMALS), round(low, DECIMALS))
+        return known & is_any(np.round(numbers, DECIMALS), [round(low, DECIMALS)])
     mask: Mask = known
     if low is not None:
         mask = mask & (numbers >= low if condition.low_included else numbers > low)
@@ -216,6 +216,14 @@ def _number(name: str, column: Callable[[str], tuple[Ints, Mask]]) -> tuple[Ints
 def as_numbers(column: pa.Array) -> tuple[Ints, Mask]:
     """A column's values, 0 where null, and where it is not null."""
     return pc.fill_null(column, 0).to_numpy(zero_copy_only=False), np.asarray(column.is_valid())
+
+
+def is_any(numbers: Ints, values: Sequence[float]) -> Mask:
+    """Which numbers are one of a few values; comparing with each in turn is quicker than a sorted search."""
+    mask: Mask = np.zeros(len(numbers), bool)
+    for value in values:
+        mask |= numbers == value
+    return mask
 
 
 def has_ending(images: pa.Array, endings: Sequence[str]) -> Mask:
