@@ -20,6 +20,7 @@ from sdxl_core.catalog.schema import PART_ROWS, RATING_CODES, ROWS
 from sdxl_core.catalog.sources.base import Piece, Reader, prefixed, rejected
 from sdxl_core.catalog.sources.columns import TAG_PREFIX, Columns, field_of, find_columns, is_list
 from sdxl_core.catalog.sources.keys import BadKey, picture_key
+from sdxl_core.catalog.sources.paths import file_identity, source_files
 from sdxl_core.catalog.sources.values import (
     Problems,
     clean_lists,
@@ -48,9 +49,8 @@ def plan(source: CatalogSource, work: Path) -> Iterator[Piece]:
         with _errors(path), pq.ParquetFile(path) as file:
             find_columns(file.schema_arrow, source, path)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        status = path.stat()
         for start, stop in ranges(sizes):
-            digest = digest_of(name, status.st_size, status.st_mtime_ns, start, stop)
+            digest = digest_of(name, *file_identity(path), start, stop)
             yield Piece(digest, f"rows {start}-{stop} of {path}", {"file": name, "start": start, "stop": stop})
 
 
@@ -67,22 +67,6 @@ def ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
             start += PART_ROWS
     if stop > start:
         yield start, stop
-
-
-def source_files(path: Path, ending: str, *, recursive: bool) -> list[str]:
-    """Names below `path` of the files with this ending, sorted by parts; [""] where `path` itself is the file.
-
-    Raises: ConfigError: nothing is there.
-    """
-    if path.is_file():
-        return [""]
-    if not path.is_dir():
-        raise ConfigError(f"source = {path}: does not exist. Name a {ending} file or a folder of them.")
-    found = [file for file in (path.rglob("*") if recursive else path.iterdir()) if file.suffix.lower() == ending]
-    names = [file.relative_to(path).as_posix() for file in found if file.is_file()]
-    if not names:
-        raise ConfigError(f"source = {path}: no {ending} file in it.")
-    return sorted(names, key=lambda name: name.split("/"))
 
 
 def read(source: CatalogSource, payload: dict[str, Any], writer: PartWriter) -> list[Rejected]:
@@ -228,8 +212,7 @@ _idle_lock = threading.Lock()
 @contextmanager
 def _stream_at(path: Path, source: CatalogSource, start: int) -> Iterator[_Stream]:
     """A stream that stands at row `start`; one that was left before it in the same row group is used again."""
-    status = path.stat()
-    identity = (path, status.st_ino, status.st_size, status.st_mtime_ns, source.model_dump_json())
+    identity = (path, *file_identity(path), source.model_dump_json())
     stream = _take_idle(identity, start) or _Stream(path, source, start)
     stream.skip_to(start)
     yield stream
