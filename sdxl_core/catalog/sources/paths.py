@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from sdxl_core.errors import ConfigError
+from sdxl_core.errors import ConfigError, DataError
 
 
 def source_files(path: Path, ending: str, *, recursive: bool) -> list[str]:
@@ -27,3 +30,15 @@ def file_identity(path: Path) -> tuple[int, int]:
     """Size and modification time."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of a source. Raises: ConfigError: it is gone.   DataError: it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: the file is not there any more.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions and the disk.") from error
