@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tars import FORMATS, write_tar
 
 from sdxl_core.catalog.build import build_catalog, plan_catalog
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
@@ -21,20 +21,6 @@ from sdxl_core.catalog.sources import tars
 from sdxl_core.catalog.tarheaders import End, Member, scan
 from sdxl_core.errors import DataError
 from sdxl_core.rejected import read_rejected
-
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-def write_tar(
-    path: Path, files: Mapping[str, bytes] | list[tuple[str, bytes]], form: str = "pax", **header: Any
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=FORMATS[form]) as tar:
-        for name, data in files.items() if isinstance(files, Mapping) else files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            info.pax_headers = header
-            tar.addfile(info, io.BytesIO(data))
 
 
 def write_index(path: Path, num_bytes: int | None = None) -> None:
