@@ -48,7 +48,8 @@ class CatalogSource(Section):
     )
     root_map: dict[str, str] = Field(
         {},
-        description='json: replace the beginning of keys: {"H:/just_astolfo/" = ""} makes them relative to images_root',
+        description='json, jsonl: what keys begin with, and what stands for it: {"H:/just_astolfo/" = ""} makes '
+        "H:/just_astolfo/1.png the key 1",
     )
 
     @field_validator("tag_columns")

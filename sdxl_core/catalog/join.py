@@ -1,7 +1,8 @@
 """Which rows make up each picture: rows of one key are one picture, whichever sources they come from.
 
 The rule: a picture's bytes, its facts, its tags and its caption each come from the first source, in the order listed,
-that has them. A key that one source names twice keeps its first row; the others are rejected as `duplicate_key`.
+that has them, and within it from its first row that has them: so the text of a picture may stand in another tar of the
+source. A further row of a key that adds nothing to what its source has told is rejected as `duplicate_key`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from sdxl_core.catalog.parts import Part
 from sdxl_core.catalog.schema import CAPTION_COLUMNS, FACT_COLUMNS, IMAGE_COLUMNS, TAG_COLUMNS
 
 Ints = np.ndarray[Any, np.dtype[Any]]
+
+_NONE = np.int32(np.iinfo(np.int32).max)
 
 # The columns that are taken together from one row, and how a row shows that it has them.
 GROUPS = {"image": IMAGE_COLUMNS, "facts": FACT_COLUMNS, "tags": TAG_COLUMNS, "caption": CAPTION_COLUMNS}
@@ -88,21 +91,27 @@ def _split_collision(
 
 
 def _joined(order: Ints, group_starts: Ints, source_of: Ints, flags: dict[str, np.ndarray[Any, Any]]) -> Joined:
-    same_key = np.ones(len(order), bool)
-    same_key[group_starts] = False
+    new_key = np.zeros(len(order), bool)
+    new_key[group_starts] = True
     sources = source_of[order]
-    repeated = np.zeros(len(order), bool)
-    repeated[1:] = same_key[1:] & (sources[1:] == sources[:-1])
+    new = new_key.copy()  # where another source, or another key, begins
+    new[1:] |= sources[1:] != sources[:-1]
+    told = np.flatnonzero(new)
+    adds_nothing = ~new
     first = order[group_starts]
     by_first = np.argsort(first)
     pointers, conflicts = {"first": first[by_first]}, {}
     for name, has in flags.items():
-        has_it = has[order] & ~repeated
-        rows = np.minimum.reduceat(np.where(has_it, order, np.iinfo(np.int32).max), group_starts)
-        rows[rows == np.iinfo(np.int32).max] = -1
+        rows = np.where(has[order], order, _NONE)
+        of_source = np.minimum.reduceat(rows, told)
+        adds_nothing &= order != np.repeat(of_source, np.diff(told, append=len(order)))
+        one_a_source = np.zeros(len(order), np.int8)
+        one_a_source[told] = of_source != _NONE
+        conflicts[name] = int((np.add.reduceat(one_a_source, group_starts, dtype=np.int32) > 1).sum())
+        rows = np.minimum.reduceat(rows, group_starts)
+        rows[rows == _NONE] = -1
         pointers[name] = rows[by_first].astype(np.int32)
-        conflicts[name] = int((np.add.reduceat(has_it, group_starts, dtype=np.int32) > 1).sum())
-    return Joined(len(first), pointers, np.sort(order[repeated]), conflicts)
+    return Joined(len(first), pointers, np.sort(order[adds_nothing]), conflicts)
 
 
 def _flags(parts: Sequence[Part]) -> dict[str, np.ndarray[Any, Any]]:

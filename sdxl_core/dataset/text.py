@@ -33,15 +33,20 @@ def read_text(path: Path | str) -> str:
             data += piece
     finally:
         os.close(handle)
+    return decode_text(data, os.path.basename(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """The content of a text file: as `read_text`. `name`: for the error."""
     if len(data) > MAX_TEXT_BYTES:
-        raise UnreadableText("text_too_long", f"{os.path.basename(path)} is larger than {MAX_TEXT_BYTES} bytes")
+        raise UnreadableText("text_too_long", f"{name} is larger than {MAX_TEXT_BYTES} bytes")
     if b"\0" in data:
-        detail = f"{os.path.basename(path)} holds NUL bytes: a binary file, or one cut by a crash"
+        detail = f"{name} holds NUL bytes: a binary file, or one cut by a crash"
         raise UnreadableText("unreadable_text", detail)
     try:
         text = data.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
-        detail = f"{os.path.basename(path)} is not UTF-8 ({error.reason} at byte {error.start})"
+        detail = f"{name} is not UTF-8 ({error.reason} at byte {error.start})"
         raise UnreadableText("unreadable_text", detail) from None
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,5 +1,6 @@
 """Rows of one key are one picture; what each source says of it is taken in the order listed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from sdxl_core.catalog.parts import key_hashes
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.rejected import read_rejected
 
+KEYS = ["a", "b", "c/d", "é", "e" * 40, "f"]
 artists = st.lists(st.sampled_from("xyz"), max_size=3)
 row = st.fixed_dictionaries(
     {
-        "key": st.sampled_from(["a", "b", "c/d", "é", "e" * 40, "f"]),
+        "key": st.sampled_from(KEYS),
         "image": st.none() | st.just("i.png"),
         "rating": st.none() | st.integers(1, 4),
         "score": st.none() | st.integers(-5, 5),
@@ -33,12 +35,14 @@ def naive(sources: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], in
     records: dict[str, dict[str, Any]] = {}
     repeated = 0
     for number, rows in enumerate(sources):
-        seen = set()
+        told: dict[str, set[str]] = {}
         for row in rows:
-            if row["key"] in seen:
+            has = {group for group in ("image", "tags", "caption") if row[group] is not None}
+            has |= {"facts"} if row["rating"] is not None or row["score"] is not None else set()
+            if row["key"] in told and has <= told[row["key"]]:
                 repeated += 1
                 continue
-            seen.add(row["key"])
+            told[row["key"]] = told.get(row["key"], set()) | has
             record = records.setdefault(
                 row["key"],
                 {"key": row["key"], "image": None, "facts": None, "tags": None, "caption": None, "source": number},
@@ -52,6 +56,11 @@ def naive(sources: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], in
             if record["caption"] is None:
                 record["caption"] = row["caption"]
     return list(records.values()), repeated
+
+
+def key_tells(rows: list[dict[str, Any]], key: str, group: str) -> bool:
+    columns = ("rating", "score") if group == "facts" else (group,)
+    return any(row["key"] == key and any(row[column] is not None for column in columns) for row in rows)
 
 
 def as_told(catalog: Catalog, records: np.ndarray[Any, Any] | None = None) -> list[dict[str, Any]]:
@@ -89,6 +98,11 @@ def test_records_follow_the_rule(
     assert catalog.num_records == len(expected)
     rejected = read_rejected(catalog.path / "rejected.jsonl")
     assert [row.reason for row in rejected] == ["duplicate_key"] * repeated
+    stored = json.loads((catalog.path / "catalog.json").read_bytes())
+    assert stored["conflicts"] == {
+        group: sum(sum(key_tells(rows, key, group) for rows in sources) > 1 for key in KEYS)
+        for group in ("image", "facts", "tags", "caption")
+    }
     picked = data.draw(st.lists(st.integers(0, len(expected) - 1), max_size=200))
     assert as_told(catalog, np.asarray(picked, np.int64)) == [expected[number] for number in picked]
     counts = dict(zip(catalog.vocabulary["tag"].to_pylist(), catalog.vocabulary["count"].to_pylist(), strict=True))

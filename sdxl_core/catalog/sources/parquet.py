@@ -20,6 +20,7 @@ from sdxl_core.catalog.schema import PART_ROWS, RATING_CODES, ROWS
 from sdxl_core.catalog.sources.base import Piece, Reader, prefixed, rejected
 from sdxl_core.catalog.sources.columns import TAG_PREFIX, Columns, field_of, find_columns, is_list
 from sdxl_core.catalog.sources.keys import BadKey, picture_key
+from sdxl_core.catalog.sources.paths import file_identity, source_files
 from sdxl_core.catalog.sources.values import (
     Problems,
     clean_lists,
@@ -35,6 +36,7 @@ from sdxl_core.rejected import Rejected
 BATCH = 8_192
 _BUFFER_BYTES = 1 << 20
 _IDLE_STREAMS = 8
+_BLANK = pa.scalar(" ", pa.large_string())
 _PLAIN_KEY = r"^[^/\\.:\x00]+$"
 
 
@@ -48,9 +50,8 @@ def plan(source: CatalogSource, work: Path) -> Iterator[Piece]:
         with _errors(path), pq.ParquetFile(path) as file:
             find_columns(file.schema_arrow, source, path)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        status = path.stat()
         for start, stop in ranges(sizes):
-            digest = digest_of(name, status.st_size, status.st_mtime_ns, start, stop)
+            digest = digest_of(name, *file_identity(path), start, stop)
             yield Piece(digest, f"rows {start}-{stop} of {path}", {"file": name, "start": start, "stop": stop})
 
 
@@ -69,27 +70,11 @@ def ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def source_files(path: Path, ending: str, *, recursive: bool) -> list[str]:
-    """Names below `path` of the files with this ending, sorted by parts; [""] where `path` itself is the file.
-
-    Raises: ConfigError: nothing is there.
-    """
-    if path.is_file():
-        return [""]
-    if not path.is_dir():
-        raise ConfigError(f"source = {path}: does not exist. Name a {ending} file or a folder of them.")
-    found = [file for file in (path.rglob("*") if recursive else path.iterdir()) if file.suffix.lower() == ending]
-    names = [file.relative_to(path).as_posix() for file in found if file.is_file()]
-    if not names:
-        raise ConfigError(f"source = {path}: no {ending} file in it.")
-    return sorted(names, key=lambda name: name.split("/"))
-
-
 def read(source: CatalogSource, payload: dict[str, Any], writer: PartWriter) -> list[Rejected]:
     """Read a range of rows. Rows of other ratings than `source.ratings` are counted as filtered."""
     path, start, stop = source.path / payload["file"], payload["start"], payload["stop"]
     refused: list[Rejected] = []
-    with _errors(path), _stream_at(path, source, start) as stream:
+    with _stream_at(path, source, start) as stream:
         while start < stop:
             batch = stream.next(min(BATCH, stop - start))
             refused += _add(batch, stream.columns, source, writer, f"{path.name} row", start)
@@ -113,9 +98,10 @@ def _add(
     rows = {**facts, "id": integers(field_of(batch, columns.id), pa.int64())}
     tags = [TagColumn(code, _tags(batch, column, problems)) for code, column in columns.tags]
     if columns.captions:
-        sentences = [_checked(one_line(field_of(batch, column)), problems) for column in columns.captions]
-        joined = pc.binary_join_element_wise(*sentences, pa.scalar(" ", pa.large_string()), null_handling="skip")
-        rows["caption"] = pc.if_else(pc.equal(joined, ""), None, joined)
+        rows["caption"] = pa.nulls(batch.num_rows, pa.large_string())
+        for column in columns.captions:
+            before, more = rows["caption"], _checked(one_line(field_of(batch, column)), problems)
+            rows["caption"] = pc.coalesce(pc.binary_join_element_wise(before, more, _BLANK), before, more)
     rows["key"] = prefixed(source.prefix, keys.cast(pa.string()))
     if not problems:
         writer.add(rows, tags)
@@ -176,7 +162,9 @@ class _Stream:
     """The rows of one file from some row on, batch by batch: only a buffer of each column is in memory."""
 
     def __init__(self, path: Path, source: CatalogSource, start: int) -> None:
-        self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+        self._path = path
+        with _errors(path):
+            self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         schema = self._file.schema_arrow
         self.columns = find_columns(schema, source, path)
         sizes = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
@@ -194,7 +182,8 @@ class _Stream:
 
     def next(self, num_rows: int) -> pa.RecordBatch:
         """At least one and at most `num_rows` rows."""
-        batch = self._left if self._left is not None else next(self._batches)
+        with _errors(self._path):
+            batch = self._left if self._left is not None else next(self._batches)
         self._left = batch.slice(num_rows) if batch.num_rows > num_rows else None
         batch = batch.slice(0, num_rows)
         self.row += batch.num_rows
@@ -203,6 +192,11 @@ class _Stream:
     def leads_to(self, row: int) -> bool:
         """Whether going on from here is no longer than beginning at the row group of `row`."""
         return bool(self._group_starts[self._group_of(row)] <= self.row <= row)
+
+    @property
+    def within_group(self) -> bool:
+        """Whether it stands where no other stream could begin."""
+        return self.row not in self._group_starts
 
     def _group_of(self, row: int) -> int:
         return int(np.searchsorted(self._group_starts, row, "right")) - 1
@@ -228,14 +222,15 @@ _idle_lock = threading.Lock()
 @contextmanager
 def _stream_at(path: Path, source: CatalogSource, start: int) -> Iterator[_Stream]:
     """A stream that stands at row `start`; one that was left before it in the same row group is used again."""
-    status = path.stat()
-    identity = (path, status.st_ino, status.st_size, status.st_mtime_ns, source.model_dump_json())
+    with _errors(path):
+        identity = (path, *file_identity(path), source.model_dump_json())
     stream = _take_idle(identity, start) or _Stream(path, source, start)
     stream.skip_to(start)
     yield stream
-    with _idle_lock:
-        _idle.append(_Idle(identity, stream))
-        del _idle[:-_IDLE_STREAMS]
+    if stream.within_group:
+        with _idle_lock:
+            _idle.append(_Idle(identity, stream))
+            del _idle[:-_IDLE_STREAMS]
 
 
 def _take_idle(identity: tuple[Any, ...], start: int) -> _Stream | None:

@@ -44,7 +44,8 @@ def integers(array: pa.Array, kind: pa.DataType) -> pa.Array:
 def rating_codes(array: pa.Array) -> pa.Array:
     """Positions in RATINGS (uint8), null where the word is none of a rating's. Of a list the first word counts."""
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        array = pc.list_slice(array, 0, 1, return_fixed_size_list=True).flatten()
+        filled = pc.greater(pc.list_value_length(array), 0)
+        array = pc.list_element(pc.if_else(filled, array, pa.scalar([None], array.type)), 0)
     words = pc.utf8_lower(pc.utf8_trim_whitespace(as_text(array)[0])).dictionary_encode()
     codes = pa.array([RATING_CODES.get(word) or None for word in words.dictionary.to_pylist()], pa.uint8())
     return codes.take(words.indices)

@@ -1,0 +1,105 @@
+"""The bytes of a catalog's pictures: read where they are, out of folders and tars."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from sdxl_core.catalog.records import Catalog, Ints
+from sdxl_core.errors import DataError
+
+_MAX_OPEN = 32
+_RECORDS_AT_ONCE = 4_096
+
+
+class ImagePlace(NamedTuple):
+    """Where a picture's bytes are: a file, or a range of a tar."""
+
+    path: Path
+    name: str
+    offset: int
+    num_bytes: int
+    in_tar: bool
+
+
+def image_places(catalog: Catalog, records: Ints) -> list[ImagePlace | None]:
+    """Where the pictures of records are, in their order; None for a record that no source has a picture of."""
+    rows = catalog.take(np.asarray(records), ["image", "tar", "offset", "num_bytes", "source"]).to_pylist()
+    roots = [source.path for source in catalog.sources]
+    return [
+        None
+        if row["image"] is None
+        else ImagePlace(
+            path=roots[row["source"]] / (row["image"] if row["tar"] is None else row["tar"]),
+            name=row["image"],
+            offset=row["offset"] or 0,
+            num_bytes=row["num_bytes"],
+            in_tar=row["tar"] is not None,
+        )
+        for row in rows
+    ]
+
+
+class ImageReader:
+    """Reads pictures by place; tars stay open for the next. Safe in forked processes: nothing seeks."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, place: ImagePlace) -> bytes:
+        """The picture's bytes, undecoded.
+
+        Raises: DataError: its file is gone, unreadable, or not as long as when the catalog was built.
+        """
+        try:
+            if place.in_tar:
+                data = os.pread(self._handle(place.path), place.num_bytes, place.offset)
+            else:
+                data = place.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{place.path}: cannot be read ({error.strerror}), and {place.name} is there.") from error
+        if len(data) != place.num_bytes:
+            raise DataError(
+                f"{place.path}: {place.name} has {len(data)} bytes, the catalog says {place.num_bytes}. The collection "
+                f"changed; build the catalog again, which reads only what changed."
+            )
+        return data
+
+    def _handle(self, path: Path) -> int:
+        handle = self._open.pop(path, None)
+        self._open[path] = os.open(path, os.O_RDONLY) if handle is None else handle
+        if len(self._open) > _MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        return self._open[path]
+
+
+def read_image_bytes(catalog: Catalog, records: Ints) -> Iterator[bytes]:
+    """The undecoded bytes of the records' pictures, one after the other.
+
+    Raises: DataError: a record without a picture; as `ImageReader.read`.
+    """
+    with ImageReader() as reader:
+        for start in range(0, len(records), _RECORDS_AT_ONCE):
+            some = records[start : start + _RECORDS_AT_ONCE]
+            for record, place in zip(some, image_places(catalog, some), strict=True):
+                if place is None:
+                    key = catalog.take(np.asarray([record]), ["key"])["key"][0].as_py()
+                    raise DataError(
+                        f"{catalog.path}: no source has a picture of {key}. Leave it out, or add its source."
+                    )
+                yield reader.read(place)
