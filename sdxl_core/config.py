@@ -17,6 +17,7 @@ CleanStep = Literal["underscores", "repeated", "rating"]
 Category = Literal[
     "artist", "character", "copyright", "general", "meta", "species", "lore", "quality", "special", "year", "rating"
 ]
+SubsetHow = Literal["manifest", "copy", "hardlink", "reflink", "symlink"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -32,13 +33,19 @@ class SubsetOptions(Section):
         title="Tag query",
         description="exact tags joined by spaces (all must be there), -tag for none of it; empty keeps every picture",
     )
+    how: SubsetHow = Field(
+        "copy",
+        description="manifest: a list that says where each picture is, nothing is copied; copy: files of their own, "
+        "verified; hardlink: second names on the same file system; reflink: files that share blocks (btrfs, xfs); "
+        "symlink: links that need the source to stay",
+    )
 
 
 class SubsetConfig(SubsetOptions, SourceOptions):
-    """Pick pictures by their tags and copy them, with their text files, to a new folder."""
+    """Pick pictures by their tags and list, copy or link them, with their text files, in a new folder."""
 
     source: Path = Field(description="folder of pictures with text files beside them")
-    out: Path = Field(description="folder that receives the copies")
+    out: Path = Field(description="folder that receives the subset")
 
 
 class MergeTagsOptions(Section):

@@ -33,9 +33,11 @@ def _(ref: CatalogRef) -> str:
 @describe.register
 def _(ref: SubsetRef) -> str:
     unmatched = f", {ref.num_unmatched} did not match" if ref.num_unmatched else ""
+    lonely = f"; {ref.missing['text']} kept without a text" if ref.missing.get("text") else ""
+    how = "" if ref.how == "copy" else f" ({ref.how})"
     return (
         f"subset: kept {ref.num_kept} of {ref.num_seen} pictures{unmatched}"
-        f"{rejected_text(ref.rejected, 'subset', ref.num_rejected)} -> {ref.path}"
+        f"{rejected_text(ref.rejected, 'subset', ref.num_rejected)}{lonely} -> {ref.path}{how}"
     )
 
 

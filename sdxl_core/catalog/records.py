@@ -83,7 +83,7 @@ class Catalog:
         """Records [start, stop) in order, at most CHUNK_RECORDS at a time.
 
         Args:   columns: of `schema.ROWS`, and `source`: position in `sources` of what the picture's bytes (else its
-                first row) come from.
+                first row) come from; `tags_source`, `caption_source`: what the words come from, null: there are none.
         """
         stop = self.num_records if stop is None else min(stop, self.num_records)
         while start < stop:
@@ -104,6 +104,10 @@ class Catalog:
             image, first = self._rows("image", records), self._rows("first", records)
             part = np.searchsorted(self._starts, np.where(image >= 0, image, first), "right") - 1
             return pa.array(np.asarray(self.part_sources, np.int32)[part])
+        if name in ("tags_source", "caption_source"):
+            rows = self._rows(name.partition("_")[0], records)
+            part = np.searchsorted(self._starts, rows, "right") - 1
+            return pa.array(np.asarray(self.part_sources, np.int32)[part], mask=rows < 0)
         rows = self._rows(_GROUP_OF.get(name, "first"), records)
         if name == "tags":
             return self._tags(rows)

@@ -1,4 +1,4 @@
-"""Pick pictures by their tags and copy them, with their text files, to a new folder."""
+"""Pick pictures of a folder by their tags and place them, with their text files, in a new folder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 from sdxl_core.config import SubsetConfig
-from sdxl_core.dataset.copies import Copies, CopyFailed
 from sdxl_core.dataset.listing import ImageFile, ImageListing, list_images
 from sdxl_core.dataset.query import TagQuery
 from sdxl_core.dataset.text import UnreadableText, normalise_tag, parse_tags, read_text
 from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import SubsetRef
 from sdxl_core.rejected import Rejected, count_reasons, update_rejected
+from sdxl_core.subset.methods import PlacingFailed
+from sdxl_core.subset.placed import Placed, check_out
+from sdxl_core.subset.wanted import Wanted, WantedGroup
 
 STAGE = "subset"
 MAX_TAGS_SEARCHED = 20_000  # near misses are looked for among this many most frequent tags
@@ -32,7 +35,7 @@ class Selection:
 
 
 def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetRef:
-    """Copy every picture that the query picks, with its text files; afterwards `out` holds these and no earlier picks.
+    """Place every picture that the query picks, with its text files; afterwards `out` holds these, no earlier picks.
 
     A second run copies what is missing or has changed in the source, and removes its own copies of what the query no
     longer picks. Files that it did not write, or that were changed since, are never touched.
@@ -40,34 +43,44 @@ def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetR
     another content is in the way.   DiskFullError.
     """
     query = TagQuery.parse(config.query)
-    settings = _check_folders(config)
-    copies = Copies.open(config.source, config.out, settings=settings)
+    if config.how == "manifest":
+        raise ConfigError(
+            f"how = manifest lists pictures of a catalog, and source = {config.source} is a folder. "
+            f"`sdxl-flows catalog --source {config.source} --out DIR` makes a catalog of it."
+        )
+    check_out(config.out, [config.source])
+    with output_lock(config.out, purpose="makes a subset"):
+        return _subset(config, query, progress)
+
+
+def _subset(config: SubsetConfig, query: TagQuery, progress: Progress) -> SubsetRef:
     extensions = (config.tag_extension, config.caption_extension)
+    placed = Placed.open(config.out, how=config.how, settings=_settings(config))
     listing = list_images(config.source, recursive=config.recursive, stage=STAGE, text_extensions=extensions)
     selection = _select(config, listing, query, progress)
     if not selection.picked:
         raise DataError(_nothing_matches(config, listing, query, selection))
     groups = [_files_of(config, listing, image) for image in selection.picked]
-    copies.begin([name for group in groups for name in group])
-    kept: list[ImageFile] = []
+    placed.begin(groups)
+    num_kept = 0
     rejected = list(selection.rejected)
-    for number, (image, group) in enumerate(zip(selection.picked, groups, strict=True)):
+    for number, group in enumerate(groups):
         try:
-            copies.copy(group)
-        except CopyFailed as error:
-            rejected.append(Rejected(stage=STAGE, key=image.key, reason="unreadable_file", detail=str(error)))
-        else:
-            kept.append(image)
-        progress("subset: copy", number + 1, len(groups))
+            placed.place(group)
+            num_kept += 1
+        except PlacingFailed as error:
+            rejected.append(Rejected(stage=STAGE, key=group.key, reason="unreadable_file", detail=str(error)))
+        progress(f"subset: {config.how}", number + 1, len(groups))
     rejected_path = config.out / "rejected.jsonl"
     update_rejected(rejected_path, STAGE, rejected)
-    copies.finish()
+    placed.finish()
     return SubsetRef(
         path=config.out,
-        digest=copies.digest(),
+        digest=placed.digest(),
         query=config.query,
+        how=config.how,
         num_seen=listing.num_seen,
-        num_kept=len(kept),
+        num_kept=num_kept,
         num_unmatched=selection.num_unmatched,
         num_rejected=len(rejected),
         rejected=rejected_path,
@@ -75,20 +88,10 @@ def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetR
     )
 
 
-def _check_folders(config: SubsetConfig) -> dict[str, str]:
-    """Refuse folders that hold each other. Returns the settings that `out` belongs to."""
-    source, out = config.source.resolve(), config.out.resolve()
-    if out == source or source in out.parents:
-        raise ConfigError(f"out = {config.out} lies inside source = {config.source}: a later run would see the copies.")
-    if out in source.parents:
-        raise ConfigError(
-            f"source = {config.source} lies inside out = {config.out}: whoever reads the subset would see all of the "
-            f"source too. Choose another out folder."
-        )
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"out = {config.out}: this is a file; name a folder for the copies.")
+def _settings(config: SubsetConfig) -> dict[str, str]:
+    """The settings that `out` belongs to."""
     names = ("query", "recursive", "tag_extension", "caption_extension")
-    return {"source": str(source)} | {name: str(getattr(config, name)) for name in names}
+    return {"source": str(config.source.resolve())} | {name: str(getattr(config, name)) for name in names}
 
 
 def _select(config: SubsetConfig, listing: ImageListing, query: TagQuery, progress: Progress) -> Selection:
@@ -144,7 +147,8 @@ def _nothing_matches(config: SubsetConfig, listing: ImageListing, query: TagQuer
     return "\n".join(lines)
 
 
-def _files_of(config: SubsetConfig, listing: ImageListing, image: ImageFile) -> list[str]:
-    """The names that belong to a picture, the picture last: where it is, its text files are too."""
+def _files_of(config: SubsetConfig, listing: ImageListing, image: ImageFile) -> WantedGroup:
+    """The files that belong to a picture."""
     texts = dict.fromkeys((image.key + config.tag_extension, image.key + config.caption_extension))
-    return [*(name for name in texts if name in listing.texts), image.name]
+    names = [*(name for name in texts if name in listing.texts), image.name]
+    return WantedGroup(image.key, tuple(Wanted(name, f"{config.source.resolve()}/{name}") for name in names))

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from sdxl_core.catalog.build import join_catalog
-from sdxl_core.catalog.config import CatalogConfig, CatalogSource
+from sdxl_core.catalog.config import CatalogConfig, CatalogSource, Kind
 from sdxl_core.catalog.parts import PartWriter, TagColumn
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.catalog.schema import CATEGORY_CODES, ROWS
@@ -18,11 +18,13 @@ from sdxl_core.refs import CatalogPartRef
 from sdxl_core.rejected import write_rejected
 
 
-def catalog_of(folder: Path, sources: Sequence[Sequence[Mapping[str, Any]]], *, part_rows: int = 1_000) -> Catalog:
+def catalog_of(
+    folder: Path, sources: Sequence[Sequence[Mapping[str, Any]]], *, part_rows: int = 1_000, kind: Kind = "folder"
+) -> Catalog:
     """A catalog of rows as they stand: columns of `schema.ROWS` by name, `tags` as {category: [tag, …]} or None."""
     configs, parts = [], list[CatalogPartRef]()
     for number, rows in enumerate(sources):
-        configs.append(CatalogSource(path=folder / f"source{number}", kind="folder"))
+        configs.append(CatalogSource(path=folder / f"source{number}", kind=kind))
         for start in range(0, len(rows), part_rows):
             piece = rows[start : start + part_rows]
             digest = digest_of(number, start, repr(piece))
