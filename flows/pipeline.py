@@ -15,17 +15,16 @@ from tasks.records import finish_run, record_stage
 @flow(name="pipeline", description=JobConfig.__doc__)
 def pipeline(job: JobConfig) -> RunRef:
     check_job(job)
-    source = job.source.path
+    picked = None
     if job.subset.query:
         picked = subset(job.subset_config())
         record_stage(job.out, "subset", job.subset_config(), picked)
-        source = picked.path
 
-    metadata = merge_tags(job.merge_config(source))
-    record_stage(job.out, "merge-tags", job.merge_config(source), metadata)
+    metadata = merge_tags(job.merge_config(picked))
+    record_stage(job.out, "merge-tags", job.merge_config(picked), metadata)
 
-    latents = cache_latents(job.latents_config(source))
-    record_stage(job.out, "cache-latents", job.latents_config(source), latents)
+    latents = cache_latents(job.latents_config(picked))
+    record_stage(job.out, "cache-latents", job.latents_config(picked), latents)
 
     checkpoint = finetune(job.train_config())
     record_stage(job.out, "train", job.train_config(), checkpoint)

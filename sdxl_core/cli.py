@@ -36,7 +36,7 @@ STAGES = {
         False,
         "describe a collection in one memory-mapped table",
     ),
-    "subset": Stage(SubsetConfig, "sdxl_core.dataset.subset:subset", False, "pick pictures by tags and copy them"),
+    "subset": Stage(SubsetConfig, "sdxl_core.subset.stage:subset", False, "pick pictures by tags and copy them"),
     "merge-tags": Stage(
         MergeTagsConfig, "sdxl_core.merge.plan:merge_tags", False, "tags and captions of a folder into one JSON"
     ),

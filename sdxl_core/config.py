@@ -11,13 +11,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sdxl_core.refs import SubsetRef
 from sdxl_core.sections import Extension, Section
 
 CleanStep = Literal["underscores", "repeated", "rating"]
 Category = Literal[
     "artist", "character", "copyright", "general", "meta", "species", "lore", "quality", "special", "year", "rating"
 ]
-SubsetHow = Literal["manifest", "copy", "hardlink", "reflink", "symlink"]
+SubsetHow = Literal["auto", "manifest", "copy", "hardlink", "reflink", "symlink"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -31,20 +32,21 @@ class SubsetOptions(Section):
     query: str = Field(
         "",
         title="Tag query",
-        description="exact tags joined by spaces (all must be there), -tag for none of it; empty keeps every picture",
+        description="as booru sites write it: 1girl -comic rating:g,s score:>=10 ( pink_hair or blonde_hair ) *_ears; "
+        "empty keeps every picture (docs/query.md)",
     )
     how: SubsetHow = Field(
-        "copy",
-        description="manifest: a list that says where each picture is, nothing is copied; copy: files of their own, "
-        "verified; hardlink: second names on the same file system; reflink: files that share blocks (btrfs, xfs); "
-        "symlink: links that need the source to stay",
+        "auto",
+        description="auto: manifest in a job, copy otherwise; manifest: a list that says where each picture is, "
+        "nothing is copied; copy: files of their own, verified; hardlink: second names on the same file system; reflink: files "
+        "that share blocks (btrfs, xfs); symlink: links that need the source to stay",
     )
 
 
 class SubsetConfig(SubsetOptions, SourceOptions):
     """Pick pictures by their tags and list, copy or link them, with their text files, in a new folder."""
 
-    source: Path = Field(description="folder of pictures with text files beside them")
+    source: Path = Field(description="folder of pictures with text files beside them, or a catalog")
     out: Path = Field(description="folder that receives the subset")
 
 
@@ -75,6 +77,7 @@ class MergeTagsConfig(MergeTagsOptions, SourceOptions):
     """Collect the tags and captions of a folder of pictures into one metadata JSON (meta_cap_dd.json)."""
 
     source: Path = Field(description="folder of pictures with text files beside them, or a catalog")
+    manifest: Path | None = Field(None, description="catalog: only the pictures of this manifest, as subset makes it")
     out: Path = Field(description="metadata JSON to write; rejected.jsonl is written beside it")
 
 
@@ -238,22 +241,28 @@ class JobConfig(Section):
     train: TrainOptions = Field(TrainOptions(), description="fine-tuning")
 
     def subset_config(self) -> SubsetConfig:
+        how = "manifest" if self.subset.how == "auto" else self.subset.how
         return SubsetConfig(
-            **self.subset.model_dump(),
+            **self.subset.model_dump() | {"how": how},
             **self.source.model_dump(exclude={"path"}),
             source=self.source.path,
             out=self.out / "subset",
         )
 
-    def merge_config(self, source: Path) -> MergeTagsConfig:
+    def merge_config(self, picked: SubsetRef | None) -> MergeTagsConfig:
+        """Args: picked: the subset stage's result, None where it was not run."""
+        is_listed = picked is not None and picked.how == "manifest"
         return MergeTagsConfig(
             **self.merge.model_dump(),
             **self.source.model_dump(exclude={"path"}),
-            source=source,
+            source=self.source.path if picked is None else picked.catalog if is_listed else picked.path,
+            manifest=picked.path / "manifest.arrow" if picked is not None and is_listed else None,
             out=self.out / "meta_cap_dd.json",
         )
 
-    def latents_config(self, source: Path) -> CacheLatentsConfig:
+    def latents_config(self, picked: SubsetRef | None) -> CacheLatentsConfig:
+        """Args: picked: as in `merge_config`. A manifest leaves the pictures where they are."""
+        source = self.source.path if picked is None or picked.how == "manifest" else picked.path
         return CacheLatentsConfig(
             **self.latents.model_dump(), source=source, metadata=self.out / "meta_cap_dd.json", out=self.out
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxl_core.config import JobConfig
-from sdxl_core.dataset.query import TagQuery
 from sdxl_core.devices import resolve_devices
 from sdxl_core.errors import ConfigError
+from sdxl_core.query.grammar import parse
 
 
 def check_job(job: JobConfig) -> None:
@@ -20,7 +20,7 @@ def check_job(job: JobConfig) -> None:
         raise ConfigError(f"source.path = {job.source.path}: {kind}. Name the folder that holds the pictures.")
     if job.out.exists() and not job.out.is_dir():
         raise ConfigError(f"out = {job.out}: this is a file. Name a folder; it is made where it does not exist.")
-    TagQuery.parse(job.subset.query)
+    parse(job.subset.query)
     for key, value in (("latents.vae", job.latents.vae), ("train.base_model", job.train.base_model)):
         if value != "tiny" and not Path(value).exists():
             raise ConfigError(

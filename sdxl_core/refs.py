@@ -6,7 +6,7 @@ Prefect stores results. `parents` names the references a result was made from, s
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,20 @@ class SourceRef:
 class SubsetRef:
     """Pictures picked by a query. seen = kept + unmatched + rejected.
 
-    `how`: a SubsetHow; of a manifest, `path` has manifest.arrow.   `missing`: picked without image, tags, caption;
+    `catalog`: what it was picked from.   `how`: a SubsetHow; of a manifest, `path` has manifest.arrow.   `missing`: picked without image, tags, caption;
     text: with neither tags nor caption. Pictures without text are kept, and listed in missing.jsonl.
     """
 
     path: Path
+    catalog: Path
     digest: str
     query: str
-    how: str = "copy"
+    how: str
     num_seen: int
     num_kept: int
     num_unmatched: int
     num_rejected: int
-    missing: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int]
     rejected: Path
     parents: tuple[str, ...] = ()
 

@@ -3,8 +3,8 @@
 from prefect import task
 
 from sdxl_core.config import SubsetConfig
-from sdxl_core.dataset import subset as core
 from sdxl_core.refs import SubsetRef
+from sdxl_core.subset import stage as core
 from tasks.artifacts import ProgressArtifact, show_result
 from tasks.policies import ONCE, RETRIED
 

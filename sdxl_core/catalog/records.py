@@ -177,6 +177,11 @@ class _LazyTags:
         return self.lists.slice(start, length)
 
 
+def is_catalog(path: Path) -> bool:
+    """Whether a folder is a catalog, not a folder of pictures."""
+    return (path / MANIFEST).is_file() and (path / "parts").is_dir()
+
+
 def _translated(lists: pa.ListArray, ids: Ints) -> pa.ListArray:
     """The lists with every part-local tag replaced by its global id."""
     if not len(lists):

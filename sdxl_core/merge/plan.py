@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from sdxl_core.catalog.records import is_catalog
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
 from sdxl_core.errors import ConfigError
@@ -36,7 +37,7 @@ def plan_merge(config: MergeTagsConfig) -> list[ShardRef]:
     Raises: ConfigError, DataError.
     """
     _check_out(config.out)
-    if _is_catalog(config):
+    if is_catalog(config.source):
         from sdxl_core.merge.records import plan_records
 
         return plan_records(config)
@@ -45,15 +46,11 @@ def plan_merge(config: MergeTagsConfig) -> list[ShardRef]:
 
 def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
     """Make one shard's fragment of the JSON; a finished fragment is not made again. Raises: as `write_shard`."""
-    if _is_catalog(config):
+    if is_catalog(config.source):
         from sdxl_core.merge.records import pieces_of_records
 
         return write_shard(shard, config, pieces_of_records)
     return write_shard(shard, config, pieces_of_folder)
-
-
-def _is_catalog(config: MergeTagsConfig) -> bool:
-    return (config.source / "catalog.json").is_file() and (config.source / "parts").is_dir()
 
 
 def _check_out(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from json.encoder import encode_basestring_ascii as quoted
@@ -17,10 +18,12 @@ from sdxl_core.catalog.records import Catalog
 from sdxl_core.catalog.schema import CATEGORIES
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset.text import normalise_tag
+from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.merge.clean import cleaned_text, ends_list, spelled
 from sdxl_core.merge.shards import FORMAT, Counts, Piece, refuse, shard_is_merged, shard_path
 from sdxl_core.refs import ShardRef
+from sdxl_core.subset.manifest import Manifest
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 RECORDS_A_PIECE = 8_192
@@ -28,14 +31,17 @@ _NEEDS_ESCAPE = r"[^ !#-\[\]-~]"  # anything but printable ASCII without " and \
 
 
 def plan_records(config: MergeTagsConfig) -> list[ShardRef]:
-    """Cut a catalog's records into `num_shards` ranges. Raises: ConfigError, DataError."""
+    """Cut a catalog's records, or those of its manifest, into `num_shards` ranges. Raises: ConfigError, DataError."""
     catalog = Catalog.open(config.source)
-    settings = config.model_dump_json(exclude={"out", "num_shards", "source"})
-    num_shards = min(config.num_shards, catalog.num_records)
+    settings = config.model_dump_json(exclude={"out", "num_shards", "source", "manifest"})
+    records = _manifest_records(config.manifest, catalog) if config.manifest else None
+    num_records = catalog.num_records if records is None else len(records)
+    picked = "" if records is None else hashlib.sha256(records.tobytes()).hexdigest()
+    num_shards = min(config.num_shards, num_records)
     shards = []
     for index in range(num_shards):
-        start, stop = (catalog.num_records * i // num_shards for i in (index, index + 1))
-        digest = digest_of(FORMAT, settings, catalog.digest, start, stop)
+        start, stop = (num_records * i // num_shards for i in (index, index + 1))
+        digest = digest_of(FORMAT, settings, catalog.digest, picked, start, stop)
         shard = ShardRef(index=index, start=start, stop=stop, digest=digest, path=shard_path(config, digest))
         if not shard_is_merged(shard, config):
             body = {"catalog": str(config.source), "digest": catalog.digest, "start": start, "stop": stop}
@@ -47,12 +53,27 @@ def plan_records(config: MergeTagsConfig) -> list[ShardRef]:
 def pieces_of_records(config: MergeTagsConfig, stored: dict[str, Any], counts: Counts) -> Iterator[Piece]:
     """The entries of a range of records, in order."""
     catalog = Catalog.open(Path(stored["catalog"]))
+    if catalog.digest != stored["digest"]:
+        raise DataError(f"{stored['catalog']}: the catalog was changed while it was merged. Run the merge again.")
+    picked = _manifest_records(config.manifest, catalog) if config.manifest else None
     writer = _EntryWriter(catalog, config)
     for start in range(stored["start"], stored["stop"], RECORDS_A_PIECE):
-        records = np.arange(start, min(start + RECORDS_A_PIECE, stored["stop"]))
-        piece = writer.piece(records, counts)
+        stop = min(start + RECORDS_A_PIECE, stored["stop"])
+        piece = writer.piece(np.arange(start, stop) if picked is None else picked[start:stop], counts)
         if piece.num_entries:
             yield piece
+
+
+def _manifest_records(path: Path, catalog: Catalog) -> Ints:
+    """The records of a manifest, 8 bytes each. Raises: ConfigError: it was made of another catalog, or is not there."""
+    manifest = Manifest.open(path)
+    if manifest.catalog_digest != catalog.digest:
+        raise ConfigError(
+            f"manifest = {path}: made of another state of the catalog {manifest.catalog}. Make the subset again, of "
+            f"{catalog.path}."
+        )
+    chunks = [chunk["record"].to_numpy() for chunk in manifest.chunks(["record"])]
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
 
 
 class _EntryWriter:

@@ -42,30 +42,37 @@ def subset_records(
     catalog: Catalog,
     records: Ints,
     *,
-    query: str,
+    settings: dict[str, str],
     how: SubsetHow,
     out: Path,
     unjudged: Sequence[Rejected] = (),
+    refused: Sequence[Rejected] = (),
     progress: Progress = no_progress,
 ) -> SubsetRef:
     """Make the subset of the given records; afterwards `out` holds it and nothing of an earlier state of it.
 
     A second run does what is missing. Files that are not ours, or were changed since, are never touched.
-    Args:   records: numbers of the picked records, int64, each once; the order is kept.   query: what picked them.
+    Args:   records: numbers of the picked records, int64, each once; the order is kept.
+            settings: what `out` belongs to: `query`, `source` and what else makes another subset.
             unjudged: records that the query could not be answered for; none of `records`.
+            refused: what the source has besides its records.
     Raises: ConfigError: `out` belongs to other settings or holds a source, or `how` is not possible there.
             DataError: a file of another content is in the way.   LockedError, DiskFullError.
     """
-    settings = {"source": str(catalog.path.resolve()), "query": query}
     check_out(out, [] if how == "manifest" else [source.path for source in catalog.sources])
     with output_lock(out, purpose="makes a subset"):
         if how == "manifest":
-            return _manifest(catalog, records, settings, out, unjudged)
-        return _placed(catalog, records, settings, how, out, unjudged, progress)
+            return _manifest(catalog, records, settings, out, [*refused, *unjudged], len(refused))
+        return _placed(catalog, records, settings, how, out, [*refused, *unjudged], len(refused), progress)
 
 
 def _manifest(
-    catalog: Catalog, records: Ints, settings: dict[str, str], out: Path, unjudged: Sequence[Rejected]
+    catalog: Catalog,
+    records: Ints,
+    settings: dict[str, str],
+    out: Path,
+    unjudged: Sequence[Rejected],
+    num_refused: int,
 ) -> SubsetRef:
     settings = {**settings, "how": "manifest"}
     path, ledger = out / MANIFEST_FILE, out / LEDGER_FILE
@@ -87,7 +94,7 @@ def _manifest(
         roots=[source.path for source in catalog.sources],
     )
     rows = chain(unjudged, without_image(catalog, numbers))
-    ref = _ref(catalog, numbers, settings, out, digest, num_kept, rows, len(unjudged), halves)
+    ref = _ref(catalog, numbers, settings, out, digest, num_kept, rows, len(unjudged), halves, num_refused)
     content = {"settings": settings, "finished": True, "digest": digest, "ref": to_json(ref)}
     write_atomic(ledger, orjson.dumps(content))
     return ref
@@ -107,6 +114,7 @@ def _placed(
     how: str,
     out: Path,
     unjudged: Sequence[Rejected],
+    num_refused: int,
     progress: Progress,
 ) -> SubsetRef:
     placed = Placed.open(out, how=how, settings=settings)
@@ -126,7 +134,9 @@ def _placed(
     placed.finish()
     rows = chain(unjudged, without_image(catalog, records), failed)
     others = len(unjudged) + len(failed)
-    return _ref(catalog, records, {**settings, "how": how}, out, placed.digest(), num_kept, rows, others, halves)
+    return _ref(
+        catalog, records, {**settings, "how": how}, out, placed.digest(), num_kept, rows, others, halves, num_refused
+    )
 
 
 def _ref(
@@ -139,6 +149,7 @@ def _ref(
     rejected: Iterable[Rejected],
     num_others: int,
     halves: Halves,
+    num_refused: int,
 ) -> SubsetRef:
     num_rejected = write_if_news(out / REJECTED_FILE, rejected)
     write_if_news(out / MISSING_FILE, without_text(catalog, records))
@@ -146,12 +157,13 @@ def _ref(
     assert num_rejected == num_others + missing["image"]
     return SubsetRef(
         path=out,
+        catalog=catalog.path,
         digest=digest,
         query=settings["query"],
         how=settings["how"],
-        num_seen=catalog.num_records,
+        num_seen=catalog.num_records + num_refused,
         num_kept=num_kept,
-        num_unmatched=catalog.num_records - num_kept - num_rejected,
+        num_unmatched=catalog.num_records + num_refused - num_kept - num_rejected,
         num_rejected=num_rejected,
         missing=missing,
         rejected=out / REJECTED_FILE,

@@ -15,6 +15,7 @@ from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig
 from sdxl_core.demo import demo_job
 from sdxl_core.devices import Slot
 from sdxl_core.errors import ConfigError
+from sdxl_core.refs import SubsetRef
 from sdxl_core.rejected import read_rejected
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -27,6 +28,11 @@ def job(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
     values["latents"] |= {"resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256}
     values["train"] |= {"max_train_steps": 4, "save_every_steps": 2, "sample_size_px": 64, "sample_inference_steps": 2}
     return JobConfig.model_validate(values)
+
+
+def picked_by(job: JobConfig) -> SubsetRef:
+    """What the finished run's subset stage gave."""
+    return SubsetRef(**json.loads((job.out / "run.json").read_text())["stages"]["subset"]["result"])
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
@@ -67,7 +73,7 @@ def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: J
 def test_a_cached_shard_whose_latents_are_gone_is_redone(job: JobConfig) -> None:
     from flows.cache_latents import cache_latents
 
-    config = job.latents_config(job.out / "subset")
+    config = job.latents_config(picked_by(job))
     latents = job.out / "latents"
     victim = sorted(latents.glob("*.npz"))[0]
     whole = victim.read_bytes()
@@ -83,10 +89,10 @@ def test_a_stage_command_continues_what_a_flow_made_and_the_other_way_round(job:
     from sdxl_core.merge.plan import merge_tags
     from sdxl_core.training.launch import launch_training
 
-    subset = job.out / "subset"
-    config = job.latents_config(subset)
+    picked = picked_by(job)
+    config = job.latents_config(picked)
     before = files_below(job.out)
-    assert merge_tags(job.merge_config(subset)).num_kept == 38
+    assert merge_tags(job.merge_config(picked)).num_kept == 38
     ref = core(config)
     assert launch_training(job.train_config()).num_steps == 4
     assert files_below(job.out) == before, "the commands redid what the flow had finished"

@@ -36,7 +36,9 @@ def catalog(tmp_path: Path) -> Catalog:
 
 
 def pick(catalog: Catalog, records: list[int], query: str = "q") -> SubsetRef:
-    return subset_records(catalog, np.array(records), query=query, how="manifest", out=catalog.path.parent / "out")
+    return subset_records(
+        catalog, np.array(records), settings={"query": query}, how="manifest", out=catalog.path.parent / "out"
+    )
 
 
 def test_every_row_leads_to_the_bytes_of_its_picture(catalog: Catalog) -> None:

@@ -59,7 +59,9 @@ def cataloged(folder: Path) -> Catalog:
 
 
 def pick(catalog: Catalog, how: SubsetHow, keys: tuple[str, ...] = ("1", "3", "deep/2")) -> SubsetRef:
-    return subset_records(catalog, numbers(catalog, keys), query="q", how=how, out=catalog.path.parent / "out")
+    return subset_records(
+        catalog, numbers(catalog, keys), settings={"query": "q"}, how=how, out=catalog.path.parent / "out"
+    )
 
 
 def numbers(catalog: Catalog, keys: tuple[str, ...]) -> np.ndarray:  # type: ignore[type-arg]
@@ -190,7 +192,7 @@ def test_missing_halves_are_counted_and_listed(tmp_path: Path) -> None:
     ref = subset_records(
         catalog,
         numbers(catalog, ("both", "bare", "words")),
-        query="a",
+        settings={"query": "a"},
         how="copy",
         out=tmp_path / "out",
         unjudged=[Rejected(stage="subset", key="unjudged", reason="no_caption", detail="")],
@@ -214,9 +216,9 @@ def test_words_that_stand_in_a_parquet_are_written_beside_the_pictures(tmp_path:
     expected = {"7.png": b"seven", "8.png": b"eight", "7.txt": b"pink_hair, solo", "8.txt": "é_tag".encode()}
     for how in PLACED:
         out = tmp_path / how
-        subset_records(catalog, np.arange(2), query="", how=how, out=out)
+        subset_records(catalog, np.arange(2), settings={"query": ""}, how=how, out=out)
         before = {path: path.lstat().st_ino for path in out.rglob("*")}
-        subset_records(catalog, np.arange(2), query="", how=how, out=out)
+        subset_records(catalog, np.arange(2), settings={"query": ""}, how=how, out=out)
         assert contents(out) == expected and {path: path.lstat().st_ino for path in out.rglob("*")} == before
 
 
@@ -249,10 +251,10 @@ def tars(tmp_path: Path) -> Catalog:
 
 def test_members_of_tars_are_taken_out_for_a_copy(tars: Catalog) -> None:
     out = tars.path.parent / "out"
-    subset_records(tars, np.arange(18), query="", how="copy", out=out)
+    subset_records(tars, np.arange(18), settings={"query": ""}, how="copy", out=out)
     loose = contents(tars.path.parent / "loose")
     assert contents(out) == loose | {name.replace("webp", "txt"): b"a, b" for name in loose}
-    subset_records(tars, np.arange(3), query="", how="copy", out=out)
+    subset_records(tars, np.arange(3), settings={"query": ""}, how="copy", out=out)
     assert len(contents(out)) == 6
 
 
@@ -260,14 +262,14 @@ def test_members_of_tars_are_taken_out_for_a_copy(tars: Catalog) -> None:
 def test_links_into_a_tar_are_refused_before_anything_is_made(tars: Catalog, how: SubsetHow) -> None:
     out = tars.path.parent / "out"
     with pytest.raises(ConfigError, match=r"copy .*or manifest"):
-        subset_records(tars, np.arange(18), query="", how=how, out=out)
+        subset_records(tars, np.arange(18), settings={"query": ""}, how=how, out=out)
     assert not contents(out)
 
 
 def test_a_tar_that_ends_too_early_rejects_its_pictures_only(tars: Catalog) -> None:
     tar = tars.path.parent / "source0" / "0000.tar"
     os.truncate(tar, tars.take(np.array([5]), ["offset"])["offset"][0].as_py() + 1)
-    ref = subset_records(tars, np.arange(18), query="", how="copy", out=tars.path.parent / "out")
+    ref = subset_records(tars, np.arange(18), settings={"query": ""}, how="copy", out=tars.path.parent / "out")
     assert {row.key for row in read_rejected(ref.rejected)} >= {"06", "07", "08"}
     assert ref.num_kept + ref.num_rejected == 18 and ref.num_kept >= 14
 
@@ -281,7 +283,7 @@ def test_links_that_this_place_cannot_have_are_refused_before_anything_is_made(
     out = Path("/dev/shm") / f"subset-{os.getpid()}-{how}"
     try:
         with pytest.raises(ConfigError, match=r"different file systems.*how = copy"):
-            subset_records(catalog, np.arange(3), query="", how=how, out=out)
+            subset_records(catalog, np.arange(3), settings={"query": ""}, how=how, out=out)
         assert not out.exists() or not contents(out)
         assert not list(out.parent.glob(".sdxl-flows-trial*"))
     finally:
@@ -330,7 +332,7 @@ def test_a_subset_killed_anywhere_is_finished_by_the_next(tmp_path: Path, how: S
         "from sdxl_core.catalog.records import Catalog; from sdxl_core.subset.run import subset_records\n"
         "catalog = Catalog.open(Path(sys.argv[1]))\n"
         "print('go', flush=True)\n"
-        "subset_records(catalog, np.arange(500), query='q', how=sys.argv[2], out=Path(sys.argv[3]))"
+        "subset_records(catalog, np.arange(500), settings={'query': 'q'}, how=sys.argv[2], out=Path(sys.argv[3]))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     argv = [sys.executable, "-c", code, str(catalog.path), how, str(tmp_path / "out")]
@@ -339,5 +341,5 @@ def test_a_subset_killed_anywhere_is_finished_by_the_next(tmp_path: Path, how: S
             assert process.stdout is not None and process.stdout.readline() == b"go\n"
             time.sleep(rng.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
-    ref = subset_records(catalog, np.arange(500), query="q", how=how, out=tmp_path / "out")
+    ref = subset_records(catalog, np.arange(500), settings={"query": "q"}, how=how, out=tmp_path / "out")
     assert ref.num_kept == 500 and contents(tmp_path / "out") == files

@@ -6,15 +6,18 @@ read(source, payload, writer) -> list[Rejected]       one piece: its rows go to 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from pathlib import Path
 
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.sources.base import Reader
 
 
 def resolved(source: CatalogSource) -> CatalogSource:
-    """The source with its kind found out. Raises: ConfigError: nothing is there."""
-    return source if source.kind != "auto" else source.model_copy(update={"kind": kind_of(source)})
+    """The source as a catalog keeps it: its kind found out, its path absolute."""
+    kind = source.kind if source.kind != "auto" else kind_of(source)
+    return source.model_copy(update={"kind": kind, "path": Path(os.path.abspath(source.path))})
 
 
 def reader_of(source: CatalogSource) -> Reader:

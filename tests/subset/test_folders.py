@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from sdxl_core.config import SubsetConfig
-from sdxl_core.dataset.subset import subset
 from sdxl_core.errors import ConfigError, DataError, DiskFullError
 from sdxl_core.refs import SubsetRef
 from sdxl_core.rejected import read_rejected
+from sdxl_core.subset.stage import subset
 
 TAGS = {
     "1": "astolfo (fate), pink hair",
@@ -102,8 +102,10 @@ def test_a_query_that_matches_nothing_counts_its_terms_and_suggests(source: Path
     with pytest.raises(DataError) as caught:
         pick(source, "pink_hiar comic")
     text = str(caught.value)
-    assert "none of the 6 pictures" in text and "comic: 1 picture has it" in text and "(1 no_caption)" in text
-    assert "pink_hiar: 0 pictures have it; near it: pink_hair (3)" in text
+    assert "none of the 6 pictures" in text and "(1 no_caption)" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["1", "comic"] in lines
+    assert "0 pink_hiar <- no picture has pink_hiar; did you mean pink_hair (3)?".split() in lines
 
 
 def test_a_subset_inside_its_source_is_refused(source: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_subset_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> Non
         path.with_suffix(".txt").write_text("1girl")
     config = SubsetConfig(source=tmp_path / "in", query="1girl", out=tmp_path / "out")
     code = (
-        "import sys; from sdxl_core.config import SubsetConfig; from sdxl_core.dataset.subset import subset\n"
+        "import sys; from sdxl_core.config import SubsetConfig; from sdxl_core.subset.stage import subset\n"
         "print('go', flush=True); subset(SubsetConfig.model_validate_json(sys.argv[1]))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -219,7 +221,7 @@ def test_a_subset_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> Non
     assert subset(config).num_kept == 600
     source = {path.relative_to(tmp_path / "in"): path for path in (tmp_path / "in").rglob("*.*")}
     copies = {path.relative_to(tmp_path / "out"): path for path in (tmp_path / "out").rglob("*.*")}
-    assert copies.keys() - source.keys() == {Path(".subset.json"), Path("rejected.jsonl")}
+    assert copies.keys() - source.keys() == {Path(".subset.json"), Path("rejected.jsonl"), Path("missing.jsonl")}
     assert all(copies[name].read_bytes() == path.read_bytes() for name, path in source.items())
 
 

@@ -1,0 +1,133 @@
+"""The subset stage: what a query picks of a catalog, or of a folder, as a manifest or as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from sdxl_core.catalog.build import build_catalog
+from sdxl_core.catalog.config import CatalogConfig, CatalogSource
+from sdxl_core.catalog.records import Catalog, is_catalog
+from sdxl_core.config import SubsetConfig
+from sdxl_core.errors import DataError
+from sdxl_core.progress import Progress, no_progress
+from sdxl_core.query.explain import explain, explained_text
+from sdxl_core.query.expressions import And, Has, Not, Query, Range, Tag, Values, Wildcard, walk
+from sdxl_core.query.grammar import parse
+from sdxl_core.query.index import open_index
+from sdxl_core.query.select import Selection, select_by_scan
+from sdxl_core.refs import SubsetRef
+from sdxl_core.rejected import Rejected, count_reasons, read_rejected
+from sdxl_core.subset.picks import STAGE
+from sdxl_core.subset.placed import check_out
+from sdxl_core.subset.run import subset_records
+
+
+def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetRef:
+    """Pick pictures by the query and list or place them; afterwards `out` holds these and no earlier picks.
+
+    A second run does what is missing or has changed in the source, and removes its own files of what the query no
+    longer picks. Files that it did not write, or that were changed since, are never touched. A picture of whose tags
+    nothing is known is not picked by a query that asks for tags, not even by -tag; of a folder it is rejected.
+    Raises: ConfigError: a wrong query, or `out` belongs to other settings.   DataError: nothing matches, or a file of
+    another content is in the way.   DiskFullError.
+    """
+    query = parse(config.query)
+    if not is_catalog(config.source):
+        check_out(config.out, [config.source])
+    looked_at = _look_at(config, query, progress)
+    picked = select(looked_at.catalog, query)
+    if not len(picked.records):
+        raise DataError(_nothing_matches(config, query, looked_at))
+    return subset_records(
+        looked_at.catalog,
+        picked.records,
+        settings=_settings(config),
+        how="copy" if config.how == "auto" else config.how,
+        out=config.out,
+        unjudged=looked_at.unjudged,
+        refused=looked_at.refused,
+        progress=progress,
+    )
+
+
+def select(catalog: Catalog, query: Query) -> Selection:
+    """The records that a query picks, through the index where there is one."""
+    query = replace(query, where=_judged(query))
+    index = open_index(catalog)
+    return index.select(query) if index is not None else select_by_scan(catalog, query)
+
+
+def explain_query(config: SubsetConfig, *, progress: Progress = no_progress) -> str:
+    """The counts of every term of the query, before anything is done with it. Raises: as `subset`."""
+    query = parse(config.query)
+    catalog = _look_at(config, query, progress).catalog
+    return explained_text(explain(catalog, query, open_index(catalog)), catalog.num_records)
+
+
+class _LookedAt(NamedTuple):
+    """`refused`: what is no record.   `unjudged`: records of a folder that the query cannot be answered for."""
+
+    catalog: Catalog
+    refused: list[Rejected]
+    unjudged: list[Rejected]
+
+
+def _look_at(config: SubsetConfig, query: Query, progress: Progress) -> _LookedAt:
+    if is_catalog(config.source):
+        return _LookedAt(Catalog.open(config.source), [], [])
+    source = CatalogSource(
+        path=config.source,
+        kind="folder",
+        recursive=config.recursive,
+        tag_extension=config.tag_extension,
+        caption_extension=config.caption_extension,
+    )
+    ref = build_catalog(CatalogConfig(sources=(source,), out=folder_catalog(config.out)), progress=progress)
+    refused = [replace(row, stage=STAGE) for row in read_rejected(ref.rejected)]
+    catalog = Catalog.open(ref.path)
+    return _LookedAt(catalog, refused, list(_untagged(catalog, config)) if _asks_for_tags(query) else [])
+
+
+def folder_catalog(out: Path) -> Path:
+    """Where the catalog of a folder is kept, beside the subset that is made of it."""
+    return out.parent / f".{out.name}.catalog"
+
+
+def _untagged(catalog: Catalog, config: SubsetConfig) -> Iterator[Rejected]:
+    lacking = select_by_scan(catalog, Query("", Not(Has("tags")))).records
+    for key in catalog.take(lacking, ["key"])["key"].to_pylist():
+        name = key.rpartition("/")[2] + config.tag_extension
+        detail = f"there is no {name}, so the query cannot be answered"
+        yield Rejected(stage=STAGE, key=key, reason="no_caption", detail=detail)
+
+
+def _asks_for_tags(query: Query) -> bool:
+    return any(
+        isinstance(part, Tag | Wildcard) or (isinstance(part, Range | Values) and part.number == "tagcount")
+        for part in walk(query.where)
+    )
+
+
+def _judged(query: Query) -> And:
+    return And((query.where, Has("tags"))) if _asks_for_tags(query) else And((query.where,))
+
+
+def _settings(config: SubsetConfig) -> dict[str, str]:
+    """The settings that `out` belongs to."""
+    names = ("query",) if is_catalog(config.source) else ("query", "recursive", "tag_extension", "caption_extension")
+    return {"source": str(config.source.resolve())} | {name: str(getattr(config, name)) for name in names}
+
+
+def _nothing_matches(config: SubsetConfig, query: Query, looked_at: _LookedAt) -> str:
+    catalog = looked_at.catalog
+    num_seen = catalog.num_records + len(looked_at.refused)
+    lines = [f"query {config.query!r} matches none of the {num_seen:,} pictures in {config.source}."]
+    unjudged = [*looked_at.refused, *looked_at.unjudged]
+    if unjudged:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(unjudged).items())
+        lines.append(f"  {len(unjudged)} of them cannot be judged ({reasons}).")
+    lines.append(explained_text(explain(catalog, query, open_index(catalog)), catalog.num_records))
+    return "\n".join(lines)
