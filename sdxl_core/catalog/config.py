@@ -34,17 +34,18 @@ class CatalogSource(Section):
     caption_extension: Extension = Field(
         ".caption", description="folder, tars: sentences about F.png are in F + this extension"
     )
-    id_column: str = Field("", description="parquet: column of the post id; empty: the pandas index, else id")
+    id_column: str = Field("", description="parquet: column of the post id; empty: id, else the pandas index")
     tag_columns: dict[str, str] = Field(
         {},
-        description="parquet: category = column, such as {artist = 'tag_string_artist'}; category '' is unknown; "
-        "empty: what booru dumps call them",
+        description="parquet: category = column, such as {artist = 'tag_string_artist'}, or a field of a struct as "
+        "'tags.artist'; category '' is unknown; empty: what booru dumps call them",
     )
     caption_columns: tuple[str, ...] = Field(
-        ("caption",), description="parquet: sentence columns that are joined by a space; those not there are left out"
+        ("caption",),
+        description="parquet, json, jsonl: sentence columns that are joined by a space; those not there are left out",
     )
     ratings: tuple[str, ...] = Field(
-        (), description="parquet, jsonl: only rows of these ratings, such as g, s; empty: all"
+        (), description="parquet, json, jsonl: only rows of these ratings, such as g, s; empty: all"
     )
     root_map: dict[str, str] = Field(
         {},
