@@ -20,24 +20,27 @@ from sdxl_core.catalog.build import build_catalog
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
 
 RIVAL = """
-import shutil, sys
+import shutil, sys, time
 from pathlib import Path
-source, out = map(Path, sys.argv[1:])
+start = time.perf_counter()
+source, out = map(Path, sys.argv[1:3])
 out.mkdir()
 for picture in sorted(source.glob("*.webp")):
     shutil.copy2(picture, out / picture.name)
     shutil.copy2(picture.with_suffix(".txt"), out / (picture.stem + ".txt"))
+Path(sys.argv[-1]).write_text(str(time.perf_counter() - start))
 """
 OURS = """
-import sys
+import sys, time
 from pathlib import Path
 import numpy as np
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.subset.run import subset_records
+start = time.perf_counter()
 catalog = Catalog.open(Path(sys.argv[1]))
 subset_records(catalog, np.arange(catalog.num_records), query="", how=sys.argv[3], out=Path(sys.argv[2]))
+Path(sys.argv[-1]).write_text(str(time.perf_counter() - start))
 """
-NOTHING = "import numpy, pyarrow; from sdxl_core.subset.run import subset_records"
 
 
 def main() -> None:
@@ -49,39 +52,37 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     print(machine())
-    start = statistics.median(cost_of([sys.executable, "-c", NOTHING]).wall_s for _ in range(3))
-    print(f"{options.picture_bytes} bytes a picture; starting Python and importing takes {start:.2f} s of our times\n")
-    print("| pairs | way | wall, s (min-max) | shutil / it (min-max) | without the start | us a pair | cpu, s | MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"{options.picture_bytes} bytes a picture; times are of the work, without starting Python and importing\n")
+    print("| pairs | way | s (min-max) | us a pair | shutil / it (min-max) | cpu, s, with the start | private MiB |")
+    print("|---|---|---|---|---|---|---|")
     for size in map(int, options.sizes.split(",")):
         with tempfile.TemporaryDirectory(prefix="subset_copy_", dir=options.folder) as folder:
-            compare(Path(folder), size, options, start)
+            compare(Path(folder), size, options)
 
 
-def compare(folder: Path, size: int, options: argparse.Namespace, start: float) -> None:
+def compare(folder: Path, size: int, options: argparse.Namespace) -> None:
     make_pairs(folder / "in", size, options.picture_bytes)
     build_catalog(CatalogConfig(sources=(CatalogSource(path=folder / "in"),), out=folder / "catalog"))
     commands = {"shutil": [sys.executable, "-c", RIVAL, f"{folder}/in", f"{folder}/out"]}
     for way in options.ways.split(","):
-        commands[way] = [sys.executable, "-c", OURS, f"{folder}/catalog", f"{folder}/out", way]
+        commands[way] = [sys.executable, "-c", OURS, f"{folder}/catalog", f"{folder}/out", way, f"{folder}/seconds"]
     costs: dict[str, list[Cost]] = {way: [] for way in commands}
+    seconds: dict[str, list[float]] = {way: [] for way in commands}
     for _ in range(options.repeats):
         for way, command in commands.items():
             costs[way].append(cost_of(command))
+            seconds[way].append(float((folder / "seconds").read_text()))
             if way != "manifest":
                 check(folder / "in", folder / "out", size)
             shutil.rmtree(folder / "out")
-    for way, of_way in costs.items():
-        walls = [cost.wall_s for cost in of_way]
-        ratios = [rival.wall_s / cost.wall_s for rival, cost in zip(costs["shutil"], of_way, strict=True)]
-        working = [rival.wall_s / (cost.wall_s - start) for rival, cost in zip(costs["shutil"], of_way, strict=True)]
-        net = statistics.median(walls) - (0 if way == "shutil" else start)
+    for way, times in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(seconds["shutil"], times, strict=True)]
+        middle = statistics.median(times)
         print(
-            f"| {size} | {way} | {statistics.median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f}) "
+            f"| {size} | {way} | {middle:.3f} ({min(times):.3f}-{max(times):.3f}) | {middle / size * 1e6:.0f} "
             f"| {statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f}) "
-            f"| {'' if way == 'shutil' else f'{statistics.median(working):.1f}'} | {net / size * 1e6:.0f} "
-            f"| {statistics.median(cost.cpu_s for cost in of_way):.2f} "
-            f"| {statistics.median(cost.private_mib for cost in of_way):.0f} |",
+            f"| {statistics.median(cost.cpu_s for cost in costs[way]):.2f} "
+            f"| {statistics.median(cost.private_mib for cost in costs[way]):.0f} |",
             flush=True,
         )
 

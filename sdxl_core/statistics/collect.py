@@ -35,7 +35,9 @@ Ints = np.ndarray[Any, np.dtype[Any]]
 RANGE = 65_536
 NUM_TAGS = 40  # of each table
 NUM_SIZES = 25
-MIN_TOGETHER = 5  # records that a tag must share with a query's tag to be listed
+# A tag is listed beside a query's tag if so many of the records have both, and so many times the expected number,
+MIN_SHARE, MIN_TOGETHER, MIN_LIFT = 0.01, 5, 1.2
+MIN_DEVIATIONS = 4.0  # and if chance does not explain it: standard deviations of a Poisson count
 
 
 class TagCount(NamedTuple):
@@ -201,13 +203,15 @@ def _top(catalog: Catalog, counts: Ints, chosen: Ints) -> tuple[TagCount, ...]:
 
 
 def _company(catalog: Catalog, counts: Ints, *, having: int, own: Ints) -> tuple[Together, ...]:
-    """Ordered by count * log(lift): what is both frequent there and rarer elsewhere."""
+    """Tags more frequent beside the query's than elsewhere, ordered by count * log(lift)."""
     counts = counts.copy()
     counts[own] = 0
-    ids = np.flatnonzero(counts >= MIN_TOGETHER)
-    lift = counts[ids] / having / (catalog.vocabulary["count"].to_numpy()[ids] / catalog.num_records)
+    expected = catalog.vocabulary["count"].to_numpy() * (having / catalog.num_records)
+    telling = (counts >= max(MIN_TOGETHER, MIN_SHARE * having)) & (counts > expected * MIN_LIFT)
+    telling &= counts - expected > MIN_DEVIATIONS * np.sqrt(expected)
+    ids = np.flatnonzero(telling)
+    lift = counts[ids] / expected[ids]
     order = np.argsort(-counts[ids] * np.log(lift), kind="stable")[:NUM_TAGS]
-    order = order[lift[order] > 1]
     return tuple(
         Together(*told, int(counts[i]), float(counts[i] / having), float(of))
         for i, of, told in zip(ids[order], lift[order], _tags(catalog, ids[order]), strict=True)

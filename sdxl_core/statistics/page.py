@@ -10,11 +10,11 @@ from sdxl_core.files import write_atomic
 from sdxl_core.report.charts import bar_chart, column_chart
 from sdxl_core.report.page import STYLE
 from sdxl_core.statistics.collect import CatalogStatistics, TagCount, TokenLengths
-from sdxl_core.statistics.tables import LIMITS, TEXT_NAMES, headline, lacking_rows, token_rows
+from sdxl_core.statistics.tables import LIMITS, TEXT_NAMES, headline, lacking_rows, rating_names, token_rows
 
 TABLE_STYLE = """
 td:not(:first-child), th:not(:first-child) { text-align: right; }
-details { margin: 8px 0; } summary { cursor: pointer; } h3 { font-size: 16px; margin: 24px 0 8px; }
+svg { width: 100%; } details { margin: 8px 0; } summary { cursor: pointer; } h3 { font-size: 16px; margin: 24px 0 8px; }
 """
 NUM_BARS = 25  # the rest of a table is folded away
 MAX_COLUMNS = 80
@@ -74,7 +74,8 @@ def _together(statistics: CatalogStatistics) -> str:
         return ""
     note = (
         "share: of the pictures here with the query's tag; lift: how many times more frequent than in the whole "
-        "catalog. Ordered by pictures x log(lift): frequent here and rare elsewhere."
+        "catalog. Listed are tags that at least 1% of these pictures have, and more often than chance explains; in the "
+        "order of pictures x log(lift): frequent here and rare elsewhere first."
     )
     return f'<h2>What stands beside the tags of the query</h2><p class="note">{note}</p>{"".join(parts)}'
 
@@ -106,7 +107,7 @@ def _pictures(statistics: CatalogStatistics) -> str:
     total = statistics.num_records
     parts = []
     if statistics.lacking["rating"] < total:
-        parts.append(f"<h2>Ratings</h2>{bar_chart(statistics.ratings, total=total)}")
+        parts.append(f"<h2>Ratings</h2>{bar_chart(rating_names(statistics), total=total)}")
     if statistics.num_sizes:
         parts += [
             f"<h2>Aspect ratios</h2>{bar_chart(statistics.aspects, total=total)}"

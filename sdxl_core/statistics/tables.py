@@ -17,6 +17,7 @@ LACKING_NAMES = {
     "size": "size unknown",
     "rating": "rating unknown",
 }
+RATING_NAMES = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
 
 
 def markdown(statistics: CatalogStatistics) -> str:
@@ -40,7 +41,7 @@ def markdown(statistics: CatalogStatistics) -> str:
         together = [(row.tag, f"{row.num_records:,}", f"{row.share:.1%}", f"{row.lift:.1f}") for row in company]
         parts += [f"### Beside {name}", table(("tag", "pictures", "share", "lift"), together[:NUM_ROWS])]
     for title, counts in (
-        ("Ratings", statistics.ratings),
+        ("Ratings", rating_names(statistics)),
         ("Aspect ratios", statistics.aspects),
         ("Megapixels", statistics.megapixels),
         ("Most frequent sizes", dict(list(statistics.sizes.items())[:NUM_ROWS])),
@@ -57,6 +58,10 @@ def headline(statistics: CatalogStatistics) -> str:
             return f"{statistics.num_records:,} pictures"
         return f"{statistics.num_records:,} of {statistics.num_in_catalog:,} pictures"
     return f"{statistics.num_records:,} of {statistics.num_in_catalog:,} pictures that match {statistics.query!r}"
+
+
+def rating_names(statistics: CatalogStatistics) -> dict[str, int]:
+    return {RATING_NAMES.get(name, name): count for name, count in statistics.ratings.items()}
 
 
 def lacking_rows(statistics: CatalogStatistics) -> list[tuple[str, str, str]]:
