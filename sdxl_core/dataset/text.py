@@ -53,6 +53,11 @@ def decode_text(data: bytes, name: str) -> str:
     return text.strip()
 
 
+def first_line(text: str) -> str:
+    """The first line that is not blank: what is trained on (the others are often translations)."""
+    return next((line for line in text.splitlines() if line.strip()), "")
+
+
 def parse_tags(text: str) -> list[str]:
     """The tags of a text: separated by commas or line breaks, stripped, empty ones left out."""
     return [tag for tag in (part.strip() for part in text.replace("\n", ",").split(",")) if tag]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from sdxl_core.dataset.tokens import count_tokens as count_tokens
+from sdxl_core.dataset.tokens import token_ids as token_ids
 
 BOS, EOS = 49406, 49407
 PAD_L, PAD_G = EOS, 0
@@ -25,24 +27,6 @@ class TokenIds:
     def to(self, device: torch.device | str) -> TokenIds:
         """The same ids on a device."""
         return TokenIds(clip_l=self.clip_l.to(device), clip_g=self.clip_g.to(device))
-
-
-@cache
-def _vocabulary() -> Any:
-    from instant_clip_tokenizer import Tokenizer
-
-    return Tokenizer()
-
-
-def token_ids(caption: str) -> list[int]:
-    """A caption's byte-pair ids, without begin and end marks."""
-    ids: list[int] = _vocabulary().encode(caption.encode("utf-8", "replace").decode("utf-8"))
-    return ids
-
-
-def count_tokens(caption: str) -> int:
-    """How many of the 75, 150 or 225 places a caption takes."""
-    return len(token_ids(caption))
 
 
 def tokenize(captions: Sequence[str], *, max_token_length: Literal[75, 150, 225]) -> TokenIds:

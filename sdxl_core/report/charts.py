@@ -55,18 +55,71 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
     return "".join(parts) + "</svg>"
 
 
-def bar_chart(bars: Mapping[str, int]) -> str:
-    """Horizontal bars with their numbers, in the order given. Returns an <svg>."""
-    row, most = 22, max(bars.values(), default=1)
+def bar_chart(bars: Mapping[str, int], *, label_px: int = 112, total: int = 0) -> str:
+    """Horizontal bars with their numbers, in the order given. Returns an <svg>.
+
+    Args:   label_px: room for the names; longer ones are cut, and whole in their tooltip.   total: shares of it are
+            written behind the numbers; 0: no shares.
+    """
+    row, most = 22, max([*bars.values(), 1])
     height = row * len(bars) + 10
+    room = WIDTH - label_px - (136 if total else 78)
     parts = [_frame("histogram", height)]
     for number, (name, count) in enumerate(bars.items()):
         y = 6 + row * number
-        width = max(1.0, (WIDTH - 190) * count / most)
-        parts.append(f'<text x="112" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect x="120" y="{y + 2}" width="{width:.1f}" height="{row - 6}" fill="{COLOURS[0]}" rx="2"/>')
-        parts.append(f'<text x="{126 + width:.1f}" y="{y + 14}">{count}</text>')
+        width = max(1.0, room * count / most) if count else 0.0
+        share = f" ({count / total:.1%})" if total else ""
+        parts.append(
+            f'<text x="{label_px}" y="{y + 14}" text-anchor="end">{escape(_cut(name, label_px))}'
+            f"<title>{escape(name)}</title></text>"
+        )
+        parts.append(
+            f'<rect x="{label_px + 8}" y="{y + 2}" width="{width:.1f}" height="{row - 6}" fill="{COLOURS[0]}" rx="2"/>'
+        )
+        parts.append(f'<text x="{label_px + 14 + width:.1f}" y="{y + 14}">{count:,}{share}</text>')
     return "".join(parts) + "</svg>"
+
+
+def column_chart(counts: Sequence[int], *, step: int, marks: Sequence[int] = (), x_label: str, y_label: str) -> str:
+    """Columns side by side: counts[i] things are between i * step and (i + 1) * step. Returns an <svg>.
+
+    Args:   marks: places on the x axis that get a dashed line and their number.
+    """
+    end = step * len(counts)
+    y_ticks = nice_ticks(0, max([*counts, 1]))
+    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    parts = [_frame(f"{y_label} by {x_label}")]
+    for tick in y_ticks:
+        y = HEIGHT - BOTTOM - high * tick / y_ticks[-1]
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dde3e8"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
+    for tick in nice_ticks(0, end, count=8):
+        if tick <= end:
+            x = LEFT + wide * tick / end
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
+    width = wide / len(counts)
+    for number, count in enumerate(counts):
+        tall = high * count / y_ticks[-1]
+        parts.append(
+            f'<rect x="{LEFT + number * width + 0.5:.1f}" y="{HEIGHT - BOTTOM - tall:.1f}" '
+            f'width="{max(width - 1, 0.6):.1f}" height="{tall:.1f}" fill="{COLOURS[0]}">'
+            f"<title>{number * step} to {(number + 1) * step - 1}: {count:,}</title></rect>"
+        )
+    for mark in marks:
+        if mark < end:
+            x = LEFT + wide * mark / end
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}" stroke="{COLOURS[1]}" '
+                f'stroke-dasharray="4 3"/><text x="{x:.1f}" y="{TOP - 14}" text-anchor="middle" '
+                f'fill="{COLOURS[1]}">{mark}</text>'
+            )
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _cut(name: str, room_px: int) -> str:
+    most = max(4, room_px // 7)
+    return name if len(name) <= most else name[: most - 1] + "\u2026"
 
 
 def _frame(label: str, height: int = HEIGHT) -> str:

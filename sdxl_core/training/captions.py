@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdxl_core.dataset.text import first_line
 from sdxl_core.training.randomness import permutation, uniform
 
 
@@ -28,14 +29,10 @@ def caption_text(sentence: str, tags: str, rules: CaptionRules, *, epoch: int, k
     """
     if rules.dropout_rate and uniform("caption dropout", rules.seed, epoch, key) < rules.dropout_rate:
         return ""
-    sentence, tags = _first_line(sentence), _first_line(tags)
+    sentence, tags = first_line(sentence), first_line(tags)
     if rules.shuffle:
         tags = _shuffled(tags, rules, epoch=epoch, key=key)
     return rules.separator.join(part for part in (sentence, tags) if part)
-
-
-def _first_line(text: str) -> str:
-    return next((line for line in text.splitlines() if line.strip()), "")
 
 
 def _shuffled(tags: str, rules: CaptionRules, *, epoch: int, key: str) -> str:
