@@ -38,8 +38,8 @@ class SubsetOptions(Section):
     how: SubsetHow = Field(
         "auto",
         description="auto: manifest in a job, copy otherwise; manifest: a list that says where each picture is, "
-        "nothing is copied; copy: files of their own, verified; hardlink: second names on the same file system; reflink: files "
-        "that share blocks (btrfs, xfs); symlink: links that need the source to stay",
+        "nothing is copied; copy: files of their own, verified; hardlink: second names on the same file system; "
+        "reflink: files that share blocks (btrfs, xfs); symlink: links that need the source to stay",
     )
 
 

@@ -35,8 +35,9 @@ class SourceRef:
 class SubsetRef:
     """Pictures picked by a query. seen = kept + unmatched + rejected.
 
-    `catalog`: what it was picked from.   `how`: a SubsetHow; of a manifest, `path` has manifest.arrow.   `missing`: picked without image, tags, caption;
-    text: with neither tags nor caption. Pictures without text are kept, and listed in missing.jsonl.
+    `catalog`: what it was picked from.   `how`: a SubsetHow; of a manifest, `path` has manifest.arrow.
+    `missing`: picked without image, tags, caption; text: with neither tags nor caption. Pictures without text are kept,
+    and listed in missing.jsonl.
     """
 
     path: Path
