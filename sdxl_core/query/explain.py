@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.query.expressions import And, Everything, Expression, Not, Or, Query, Tag, Wildcard
 from sdxl_core.query.index import Index
 from sdxl_core.query.names import TagNames
-from sdxl_core.query.select import evaluate, scan
+from sdxl_core.query.select import Conditions, Mask, evaluate, scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,34 @@ def explained_text(explained: list[Explained], num_records: int) -> str:
 
 
 def _counts(catalog: Catalog, expressions: list[Expression], index: Index | None) -> list[int]:
-    if index is not None:
-        return [int(evaluate(expression, index).sum()) for expression in expressions]
+    """Args:   expressions: as `_nested` lists them."""
     counts = [0] * len(expressions)
-    for _, conditions in scan(catalog, expressions):
-        for number, expression in enumerate(expressions):
-            counts[number] += int(evaluate(expression, conditions).sum())
+    if index is not None:
+        _count(expressions, 0, index, counts)
+    else:
+        for _, conditions in scan(catalog, expressions[:1]):
+            _count(expressions, 0, conditions, counts)
     return counts
+
+
+def _count(expressions: list[Expression], place: int, conditions: Conditions, counts: list[int]) -> tuple[Mask, int]:
+    """Add to the counts of the expression at `place` and of all its parts, each looked at once.
+
+    Returns: its mask, and the place behind its parts.
+    """
+    expression, following = expressions[place], place + 1
+    if isinstance(expression, Not):
+        mask, following = _count(expressions, following, conditions, counts)
+        mask = ~mask
+    elif isinstance(expression, And | Or):
+        mask, following = _count(expressions, following, conditions, counts)
+        for _ in expression.parts[1:]:
+            other, following = _count(expressions, following, conditions, counts)
+            mask = mask & other if isinstance(expression, And) else mask | other
+    else:
+        mask = evaluate(expression, conditions)
+    counts[place] += int(np.count_nonzero(mask))
+    return mask, following
 
 
 def _nested(expression: Expression, depth: int) -> list[tuple[Expression, int]]:

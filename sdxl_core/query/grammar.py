@@ -6,11 +6,13 @@
     term   = [ "-" | "~" ] ( "(" any ")" | '"' tag '"' | name ":" value | tag )
 
 A bracket groups where it stands alone (or behind "-"), since tags have brackets of their own: astolfo_(fate), :(
+A word whose beginning is no field is a tag: re:zero. What stands in quotes is an exact tag: "id:invaded", "or", "*_*".
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
@@ -47,6 +49,12 @@ def parse(text: str) -> Query:
 
     Raises: ConfigError: what cannot be read, with its place and what was expected there.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _refused(
+            text.encode("utf-8", "replace").decode(), error.start, error.start + 1, "this is no character", "UTF-8"
+        ) from error
     reader = _Reader(text)
     where = reader.any()
     if reader.next.kind == ")":
@@ -88,11 +96,14 @@ class _Reader:
                 self._place += 1
                 if self.next.kind in ("end", ")", "or", "and"):
                     self.fail('"and" needs a term on its right', "a tag, or name:value")
+            word = self.next
             term = self.term()
             if isinstance(term, _Optional):
                 optional.append(term.part)
             elif term is not None:
                 required.append(term)
+                if (term.part if isinstance(term, Not) else Not(term)) in required:
+                    self.fail("this term is both wanted and unwanted, so nothing can match", "one of the two", at=word)
         if optional:
             required.append(Or(tuple(optional), start=optional[0].start, stop=optional[-1].stop))
         if not required:
@@ -134,6 +145,9 @@ class _Reader:
                 return None
             if colon and name.lower() in values.NAMES:
                 return replace(self._value(word, name.lower(), value), **place)
+            if colon and name.lower() == "order":
+                expected = "no order: pictures keep the catalog's; limit:10 keeps the first, random:10 draws"
+                self.fail("order: is not known", expected, at=word)
             self._check_brackets(word)
         tag = normalise_tag(word.text)
         if not tag:
@@ -168,10 +182,19 @@ class _Reader:
 
     def fail(self, problem: str, expected: str, *, at: Word | None = None) -> NoReturn:
         word = at or self.next
-        line = " ".join(self._text.splitlines()) if self._text.strip() else self._text
-        marks = "^" * max(1, word.stop - word.start)
-        place = f"{line}\n  {' ' * word.start}{marks}"
-        raise ConfigError(f"query, character {word.start + 1}: {problem}. Expected {expected}.\n  {place}")
+        raise _refused(self._text, word.start, word.stop, problem, expected)
+
+
+def _refused(text: str, start: int, stop: int, problem: str, expected: str) -> ConfigError:
+    """The error, with marks below the characters [start, stop) where they stand on a terminal."""
+    line = "".join(" " if char.isspace() else char for char in text)
+    place, marks = " " * _columns(line[:start]), "^" * max(1, _columns(line[start:stop]))
+    return ConfigError(f"query, character {start + 1}: {problem}. Expected {expected}.\n  {line}\n  {place}{marks}")
+
+
+def _columns(text: str) -> int:
+    """How many columns a terminal takes for a text."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def _words(text: str) -> list[Word]:
@@ -195,11 +218,8 @@ def _word(match: re.Match[str]) -> Word:
     if quoted is not None:
         return Word("quoted", sign, quoted, start, stop)
     if '"' in plain and plain.startswith('"'):
-        text = match.string
-        raise ConfigError(
-            f'query, character {start + 1}: a quote that is not closed. Expected "long hair" with both quotes and a '
-            f"blank behind; long_hair is the same.\n  {text}\n  {' ' * start}^"
-        )
+        expected = '"long hair" with both quotes and a blank behind; long_hair is the same'
+        raise _refused(match.string, start, stop, "a quote that is not closed", expected)
     if plain in ("(", ")") and not (plain == ")" and sign):
         return Word(plain, sign, plain, start, stop)
     if not sign and plain.lower() in ("or", "and"):

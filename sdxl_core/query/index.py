@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from sdxl_core.query.select import Ints, Mask, Selection, evaluate, has_prefix, 
 
 FORMAT = 1
 FREQUENT = 32  # one record in this many: from there on a bitmap is smaller than a list of uint32
+BLOCK = 1 << 17  # records, or entries of lists, that are worked on at a time
+LONG = 64  # entries from which on a list is worth a step of its own
 NUMBERS = {
     "id": np.int64,
     "score": np.int32,
@@ -60,10 +62,12 @@ class Index:
 
     def meet(self, condition: Expression) -> Mask:
         """Which records meet a condition."""
+        if condition == Wildcard("*"):  # every tag's list would be the slowest way
+            return self._of_numbers(Range("tagcount", 1, None))
         if isinstance(condition, Tag | Wildcard):
             return self._with_any(self.names.ids_of(condition))
         if isinstance(condition, Range | Values):
-            return numbers_meet(condition, self._numbers)
+            return self._of_numbers(condition)
         if isinstance(condition, Rating):
             return is_any(self._file("rating"), condition.codes)
         if isinstance(condition, Has):
@@ -84,19 +88,38 @@ class Index:
 
     def _with_any(self, ids: Ints) -> Mask:
         mask = np.zeros(self.num_records, bool)
-        starts, rows = self._file("starts"), self._file("bitmap_rows")
-        for tag in ids.tolist():
-            if rows[tag] >= 0:
-                mask |= self._bits(self._file("bitmaps")[rows[tag]])
-            else:
-                mask[self._file("postings")[starts[tag] : starts[tag + 1]]] = True
+        rows = self._file("bitmap_rows")[ids]
+        for row in rows[rows >= 0].tolist():
+            mask |= self._bits(self._file("bitmaps")[row])
+        ids = ids[rows < 0]
+        begin, end = self._file("starts")[ids], self._file("starts")[ids + 1]
+        is_long = end - begin >= LONG
+        postings = self._file("postings")
+        for start, stop in zip(begin[is_long].tolist(), end[is_long].tolist(), strict=True):
+            mask[postings[start:stop]] = True
+        begin, lengths = begin[~is_long], (end - begin)[~is_long]
+        for some in range(0, len(begin), BLOCK // LONG):  # many short lists at a time
+            window = slice(some, some + BLOCK // LONG)
+            behind = np.cumsum(lengths[window])
+            places = np.arange(behind[-1]) + np.repeat(begin[window] - behind + lengths[window], lengths[window])
+            mask[postings[places]] = True
+        return mask
+
+    def _of_numbers(self, condition: Range | Values) -> Mask:
+        """Records whose numbers meet a condition; in blocks, so that what is worked on stays in the processor."""
+        mask = np.zeros(self.num_records, bool)
+        for start in range(0, self.num_records, BLOCK):
+            stop = min(start + BLOCK, self.num_records)
+            mask[start:stop] = numbers_meet(condition, partial(self._numbers, start=start, stop=stop))
         return mask
 
     def _bits(self, packed: Ints) -> Mask:
         return np.unpackbits(packed, count=self.num_records).view(bool)
 
-    def _numbers(self, column: str) -> tuple[Ints, Mask]:
-        return self._file(column), self._bits(self._file(f"known_{column}"))
+    def _numbers(self, column: str, *, start: int, stop: int) -> tuple[Ints, Mask]:
+        """Args:   start: a multiple of 8."""
+        packed = self._file(f"known_{column}")[start // 8 : (stop + 7) // 8]
+        return self._file(column)[start:stop], np.unpackbits(packed, count=stop - start).view(bool)
 
     def _file(self, name: str) -> Ints:
         if name not in self._open:

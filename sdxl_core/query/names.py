@@ -16,7 +16,7 @@ from sdxl_core.dataset.text import normalise_tag
 from sdxl_core.query.expressions import Tag, Wildcard
 
 Ints = np.ndarray[Any, np.dtype[Any]]
-MAX_NAMES_COMPARED = 5_000  # near misses are looked for among this many most frequent names of a like length
+MAX_NAMES_COMPARED = 500  # near misses are looked for among this many names that share most pieces with the wrong one
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,46 @@ class TagNames:
 
     def places_of(self, term: Wildcard) -> Sequence[int]:
         """Places of the names that a pattern covers."""
-        prefix, _, rest = term.pattern.partition("*")
+        prefix, *pieces = term.pattern.split("*")
         begin = self._bisect(prefix)
         end = self._bisect(prefix + "\U0010ffff") if prefix else len(self.names)
-        if not rest:
+        if pieces == [""]:
             return range(begin, end)
-        pattern = ".*".join(re.escape(piece) for piece in term.pattern.split("*"))
-        covered = pc.match_substring_regex(self.names.slice(begin, end - begin), f"(?s)^{pattern}$")
-        places: list[int] = (np.flatnonzero(np.asarray(covered)) + begin).tolist()
-        return places
+        names = self.names.slice(begin, end - begin)
+        covered = np.asarray(pc.ends_with(names, pieces[-1])) if pieces[-1] else np.ones(len(names), bool)
+        for piece in filter(None, pieces[:-1]):
+            covered &= np.asarray(pc.match_substring(names, piece))
+        places = np.flatnonzero(covered)
+        if prefix or len(pieces) > 2 or (pieces[0] and pieces[-1]):  # their order, and that they do not overlap
+            pattern = ".*".join(re.escape(piece) for piece in term.pattern.split("*"))
+            exact = pc.match_substring_regex(names.take(pa.array(places)), f"(?s)^{pattern}$")
+            places = places[np.asarray(exact)]
+        return (places + begin).tolist()
 
     def near(self, name: str, *, most: int = 3) -> list[tuple[str, int]]:
         """Names that someone may have meant, with their counts, the likeliest first."""
         begin, end = self._bisect(name), self._bisect(name + "\U0010ffff")
         longer = np.arange(begin, end)
-        lengths = np.asarray(pc.utf8_length(self.names))
-        alike = np.flatnonzero(np.abs(lengths - len(name)) <= max(1, len(name) // 4))
-        alike = alike[np.argsort(-self.counts[alike], kind="stable")][:MAX_NAMES_COMPARED]
+        alike = self._sharing_pieces(name)
         candidates = self.names.take(pa.array(alike)).to_pylist()
         close = difflib.get_close_matches(name, candidates, n=most, cutoff=0.75)
         found = {candidate: int(self.counts[alike[candidates.index(candidate)]]) for candidate in close}
         for place in longer[np.argsort(-self.counts[longer], kind="stable")][:most]:
             found.setdefault(self.names[int(place)].as_py(), int(self.counts[place]))
         return list(found.items())[:most]
+
+    def _sharing_pieces(self, name: str) -> Ints:
+        """Places of the names of a like length that share most runs of two or three characters, then most frequent."""
+        lengths = np.asarray(pc.utf8_length(self.names))
+        alike = np.flatnonzero(np.abs(lengths - len(name)) <= max(1, len(name) // 4))
+        names = self.names.take(pa.array(alike))
+        size = 3 if len(name) > 5 else 2
+        shared = np.zeros(len(alike), np.int64)
+        for piece in {name[start : start + size] for start in range(max(1, len(name) - size + 1))}:
+            shared += np.asarray(pc.match_substring(names, piece))
+        best = np.lexsort((-self.counts[alike], -shared))[:MAX_NAMES_COMPARED]
+        places: Ints = alike[best[shared[best] > 0]]
+        return places
 
     def _exact(self, name: str) -> Sequence[int]:
         place = self._bisect(name)

@@ -35,6 +35,10 @@ A, B, C = Tag("a"), Tag("b"), Tag("c")
         (":( >:( :)", And((Tag(":("), Tag(">:("), Tag(":)")))),
         ("(o)_(o)", Tag("(o)_(o)")),
         ("re:zero_kara", Tag("re:zero_kara")),
+        ('"id:invaded"', Tag("id:invaded")),
+        ('-"-_-" >_<', And((Not(Tag("-_-")), Tag(">_<")))),
+        ("--x", Not(Tag("-x"))),
+        ("it's #1 :\\", And((Tag("it's"), Tag("#1"), Tag(":\\")))),
         ("*_ears", Wildcard("*_ears")),
         ("a**b", Wildcard("a*b")),
         ("score:>=10", Range("score", 10, None)),
@@ -81,6 +85,15 @@ def test_settings_are_about_the_whole_query() -> None:
         ("(pink_hair or blonde_hair)", 1, "blanks around a bracket"),
         ("x y)", 3, "blanks around a bracket"),
         ("has:everything", 5, "tags, caption or image"),
+        ("a -a", 3, "both wanted and unwanted"),
+        ('"long hair" b -long_hair', 15, "both wanted and unwanted"),
+        ("-rating:e b rating:e", 13, "both wanted and unwanted"),
+        ("a order:score", 3, "order: is not known"),
+        ("a \udcff", 3, "no character"),
+        ('a "b"c', 3, "not closed"),
+        ('""', 1, "names no tag"),
+        ("_", 1, "names no tag"),
+        ("a - b", 3, "names no tag"),
     ],
 )
 def test_an_error_points_at_the_character_and_says_what_was_expected(text: str, character: int, words: str) -> None:
@@ -90,6 +103,12 @@ def test_an_error_points_at_the_character_and_says_what_was_expected(text: str, 
     assert lines[0].startswith(f"query, character {character}:")
     assert "Expected" in lines[0]
     assert lines[-1].index("^") == character + 1
+
+
+def test_the_mark_stands_below_its_character_where_characters_are_two_columns_wide() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse("初音ミク\tscore:x")
+    assert str(error.value).split("\n")[1:] == ["  初音ミク score:x", "  " + " " * 15 + "^"]
 
 
 @given(st.text(st.sampled_from('ab()-~":*,.<>=or and 1') | st.characters(exclude_categories=["Cs"]), max_size=30))
