@@ -13,6 +13,7 @@ from flows.catalog import catalog
 from flows.finetune import finetune
 from flows.merge_tags import merge_tags
 from flows.pipeline import pipeline
+from flows.statistics import statistics
 from flows.subset import subset
 from sdxl_core.cli import print_result
 from sdxl_core.config import JobConfig
@@ -23,6 +24,7 @@ from sdxl_core.run_record import read_run_record, record_stage
 STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
     "catalog": catalog,
     "subset": subset,
+    "statistics": statistics,
     "merge-tags": merge_tags,
     "cache-latents": cache_latents,
     "train": finetune,

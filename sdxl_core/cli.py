@@ -15,7 +15,15 @@ from pydantic import BaseModel
 from sdxl_core import __version__
 from sdxl_core.catalog.config import CatalogConfig
 from sdxl_core.cli_options import add_options, collect_options, dashes
-from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeJsonConfig, MergeTagsConfig, SubsetConfig, TrainConfig
+from sdxl_core.config import (
+    CacheLatentsConfig,
+    JobConfig,
+    MergeJsonConfig,
+    MergeTagsConfig,
+    StatisticsConfig,
+    SubsetConfig,
+    TrainConfig,
+)
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 
@@ -37,6 +45,12 @@ STAGES = {
         "describe a collection in one memory-mapped table",
     ),
     "subset": Stage(SubsetConfig, "sdxl_core.subset.stage:subset", False, "pick pictures by tags and copy them"),
+    "statistics": Stage(
+        StatisticsConfig,
+        "sdxl_core.statistics.stage:statistics",
+        False,
+        "what the pictures that a query picks hold",
+    ),
     "merge-tags": Stage(
         MergeTagsConfig, "sdxl_core.merge.plan:merge_tags", False, "tags and captions of a folder into one JSON"
     ),
@@ -94,6 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
         command = _command(commands, name, stage.help, _stage, stage=stage, name=name)
         _add_flow(command)
         add_options(command, stage.config)
+        if name == "subset":
+            command.add_argument(
+                "--explain", action="store_true", help="print how many pictures each term of the query finds, and end"
+            )
 
     _add_service(commands)
     _command(
@@ -178,7 +196,13 @@ def _run_job(job: JobConfig, options: argparse.Namespace) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     values = collect_options(options, options.stage.config)
-    _run_stage(check(options.stage.config, values, where=f"sdxl-flows {options.name}"), options)
+    config = check(options.stage.config, values, where=f"sdxl-flows {options.name}")
+    if options.name == "subset" and options.explain:
+        from sdxl_core.subset.stage import explain_query
+
+        print(explain_query(config))
+        return
+    _run_stage(config, options)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -50,6 +50,14 @@ class SubsetConfig(SubsetOptions, SourceOptions):
     out: Path = Field(description="folder that receives the subset")
 
 
+class StatisticsConfig(Section):
+    """Count the tags, sizes, ratings and caption lengths of the pictures that a query picks of a catalog."""
+
+    source: Path = Field(description="a catalog")
+    query: str = Field("", title="Tag query", description="which pictures; empty: all (docs/query.md)")
+    out: Path = Field(description="folder that receives statistics.html and statistics.md")
+
+
 class MergeTagsOptions(Section):
     clean: tuple[CleanStep, ...] = Field(
         (),

@@ -55,6 +55,19 @@ class SubsetRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsRef:
+    """A page about `num_kept` of the `num_seen` pictures of a catalog; `tables` has the same as markdown."""
+
+    path: Path
+    sha256: str
+    tables: Path
+    query: str
+    num_seen: int
+    num_kept: int
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRef:
     """A contiguous range [start, stop) of rows: the unit of retry, resume and scheduling.
 

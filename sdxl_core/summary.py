@@ -6,7 +6,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from sdxl_core.refs import CatalogRef, CheckpointRef, LatentSetRef, MetadataRef, SubsetRef
+from sdxl_core.refs import CatalogRef, CheckpointRef, LatentSetRef, MetadataRef, StatisticsRef, SubsetRef
 from sdxl_core.rejected import count_reasons, read_rejected
 
 
@@ -39,6 +39,11 @@ def _(ref: SubsetRef) -> str:
         f"subset: kept {ref.num_kept} of {ref.num_seen} pictures{unmatched}"
         f"{rejected_text(ref.rejected, 'subset', ref.num_rejected)}{lonely} -> {ref.path}{how}"
     )
+
+
+@describe.register
+def _(ref: StatisticsRef) -> str:
+    return f"statistics: {ref.num_kept:,} of {ref.num_seen:,} pictures -> {ref.path}"
 
 
 @describe.register

@@ -5,7 +5,7 @@ from prefect import task
 from sdxl_core.catalog import build as core
 from sdxl_core.catalog.config import CatalogConfig
 from sdxl_core.refs import CatalogPartRef, CatalogPlanRef, CatalogRef
-from tasks.artifacts import show_result
+from tasks.artifacts import ProgressArtifact, show_result
 from tasks.policies import CACHED, ONCE, RETRIED
 
 
@@ -24,6 +24,6 @@ def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
 @task(name="join-catalog", **ONCE, **RETRIED)
 def join_catalog(config: CatalogConfig, parts: list[CatalogPartRef]) -> CatalogRef:
     """Make one catalog of the parts."""
-    ref = core.join_catalog(config, parts)
+    ref = core.join_catalog(config, parts, progress=ProgressArtifact("catalog-progress", "pictures indexed"))
     show_result(ref, key="catalog", title="Catalog")
     return ref

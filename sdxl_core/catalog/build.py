@@ -53,7 +53,7 @@ def _build(config: CatalogConfig, progress: Progress) -> CatalogRef:
     for part in forked.map_forked(partial(build_part, config=config), plans, count=count, run=run):
         parts.append(part)
         progress(STAGE, len(parts), len(plans), part.path.name[:8])
-    return join_catalog(config, parts)
+    return join_catalog(config, parts, progress=progress)
 
 
 @contextmanager
@@ -120,7 +120,19 @@ def finished_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef
     return CatalogPartRef(**{**stored["ref"], "index": plan.index, "source": plan.source, "path": path})
 
 
-def join_catalog(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
+def join_catalog(
+    config: CatalogConfig, parts: Sequence[CatalogPartRef], *, progress: Progress = no_progress
+) -> CatalogRef:
+    """Make one catalog of finished parts, and its index where that is asked for. Raises: as `_join`."""
+    ref = _join(config, parts)
+    if config.index:
+        from sdxl_core.query.index import build_index
+
+        build_index(Catalog.open(config.out), progress=progress)
+    return ref
+
+
+def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
     """Make one catalog of finished parts; what an earlier state had and this one has not is removed.
 
     Raises: DataError: no row at all.   LockedError: another process joins this catalog just now.   DiskFullError.

@@ -86,6 +86,7 @@ class CatalogConfig(Section):
         "the first counts. PREFIX/=PATH, such as danbooru/=/data/dan, puts danbooru/ before the keys of that path",
     )
     out: Path = Field(description="folder of the catalog")
+    index: bool = Field(True, description="make the index that answers queries at once; about 130 bytes a picture")
     processes: int = Field(0, ge=0, le=256, description="processes that read the sources; 0: one a core")
 
     @field_validator("sources", mode="before")

@@ -85,7 +85,9 @@ def _look_at(config: SubsetConfig, query: Query, progress: Progress) -> _LookedA
         tag_extension=config.tag_extension,
         caption_extension=config.caption_extension,
     )
-    ref = build_catalog(CatalogConfig(sources=(source,), out=folder_catalog(config.out)), progress=progress)
+    ref = build_catalog(
+        CatalogConfig(sources=(source,), out=folder_catalog(config.out), index=False), progress=progress
+    )
     refused = [replace(row, stage=STAGE) for row in read_rejected(ref.rejected)]
     catalog = Catalog.open(ref.path)
     return _LookedAt(catalog, refused, list(_untagged(catalog, config)) if _asks_for_tags(query) else [])
