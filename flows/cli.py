@@ -15,6 +15,7 @@ from flows.merge_tags import merge_tags
 from flows.pipeline import pipeline
 from flows.statistics import statistics
 from flows.subset import subset
+from flows.temporary_server import start_temporary_server
 from sdxl_core.cli import print_result
 from sdxl_core.config import JobConfig
 from sdxl_core.preflight import check_job
@@ -33,6 +34,7 @@ STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
 
 def run_stage(name: str, config: Any, *, as_json: bool) -> None:
     """Run one stage as its flow and print its result."""
+    start_temporary_server()
     ref = STAGE_FLOWS[name](config)
     if name in ("cache-latents", "train"):
         record_stage(config.out, name, config, ref)
@@ -42,6 +44,7 @@ def run_stage(name: str, config: Any, *, as_json: bool) -> None:
 def run_job(job: JobConfig, *, as_json: bool) -> None:
     """Run the whole path and say what it left."""
     check_job(job)  # before the flow: a mistake needs no server to be told
+    start_temporary_server()
     run: RunRef = pipeline(job)
     if as_json:
         print(orjson.dumps(read_run_record(run.path), option=orjson.OPT_INDENT_2).decode())

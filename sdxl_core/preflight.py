@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sdxl_core.config import JobConfig
@@ -20,6 +21,11 @@ def check_job(job: JobConfig) -> None:
         raise ConfigError(f"source.path = {job.source.path}: {kind}. Name the folder that holds the pictures.")
     if job.out.exists() and not job.out.is_dir():
         raise ConfigError(f"out = {job.out}: this is a file. Name a folder; it is made where it does not exist.")
+    if Path(os.path.realpath(job.out)).is_relative_to(os.path.realpath(job.source.path)):
+        raise ConfigError(
+            f"out = {job.out}: lies inside source.path = {job.source.path}; what the job makes would be taken for "
+            f"pictures. Choose a folder outside of it."
+        )
     parse(job.subset.query)
     for key, value in (("latents.vae", job.latents.vae), ("train.base_model", job.train.base_model)):
         if value != "tiny" and not Path(value).exists():

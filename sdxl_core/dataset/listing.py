@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,10 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
             with os.scandir(source / prefix) as entries:
                 for entry in entries:
                     name = entry.name
-                    if entry.is_file():
+                    if _leads_nowhere(entry):
+                        if name.lower().endswith(IMAGE_EXTENSIONS):
+                            dangling.append(prefix + name)
+                    elif entry.is_file():
                         if name.lower().endswith(IMAGE_EXTENSIONS):
                             images.append(prefix + name)
                         elif name.endswith(text_extensions):
@@ -169,6 +173,17 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 f"Change its permissions, or move it out of {source}."
             ) from error
     return _Scan(images, dangling, frozenset(texts))
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """A link that leads to itself, or through too many others."""
+    try:
+        entry.is_file()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return True
+        raise
+    return False
 
 
 def _in_order(names: list[str]) -> list[str]:

@@ -28,6 +28,8 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What a picture's file may hold, whatever its name says: no format that runs a program (EPS) or that is no picture.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "AVIF", "GIF")
 # What Pillow's decoders raise on damaged files.
 DECODER_ERRORS = (OSError, ValueError, TypeError, SyntaxError, IndexError, KeyError, AttributeError, EOFError,
                   RuntimeError, OverflowError, MemoryError, struct.error, zlib.error)  # fmt: skip
@@ -55,7 +57,7 @@ def probe(path: Path, *, honour_exif: bool) -> PictureSize:
     Raises: BadPicture: empty_file, undecodable.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width_px, height_px = image.size
             turned = honour_exif and orientation(image) >= 5
     except DECODER_ERRORS as error:
@@ -68,7 +70,10 @@ def orientation(image: Image.Image) -> int:
     further would decode the whole picture."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
-    value = image.getexif().get(ORIENTATION, 1)
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except DECODER_ERRORS:  # its EXIF block is garbage; its pixels need not be
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -80,7 +85,7 @@ def decode(data: bytes, *, compat: str, background: str) -> NDArray[np.uint8]:
     Raises: BadPicture: empty_file, undecodable.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if compat == "sd-scripts":
                 if image.mode == "P":
                     image.info.pop("transparency", None)  # dropped either way; Pillow would warn about each picture
@@ -104,8 +109,6 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey scaled to 8 bits (Pillow's own conversion saturates it to white)."""
     if image.mode.startswith("I;16") or image.mode == "I":
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "F":
-        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
     return image
 
 

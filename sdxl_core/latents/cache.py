@@ -14,7 +14,7 @@ from typing import Any
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.dataset.metadata import read_metadata
 from sdxl_core.devices import SlotDied, Slots, resolve_devices
-from sdxl_core.errors import DataError
+from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import sha256_file, write_atomic
 from sdxl_core.latents.encode import encode_shard, shard_is_finished
 from sdxl_core.latents.ledger import LEDGER_FOLDER, LatentRow, ShardLedger
@@ -126,6 +126,13 @@ def join_latents(config: CacheLatentsConfig, shards: Sequence[LatentShardRef]) -
         ledger = ShardLedger.read(shard.ledger)
         rows |= {row.key: row for row in ledger.rows()}
         rejected += [Rejected(stage=STAGE, key=k, reason=r, detail=d) for k, r, d in ledger.rejected()]
+    num_seen = sum(shard.num_seen for shard in shards)
+    if len(rows) + len(rejected) != num_seen:
+        raise ShardError(
+            f"{config.out / 'latents' / LEDGER_FOLDER}: tells of {len(rows)} encoded and {len(rejected)} rejected "
+            f"pictures, and {num_seen} were looked at: a ledger was changed meanwhile. Run the same command again; it "
+            f"encodes what is not recorded."
+        )
     rejected_path = config.out / "rejected.jsonl"
     update_rejected(rejected_path, STAGE, rejected)
     if not rows:
@@ -145,7 +152,7 @@ def join_latents(config: CacheLatentsConfig, shards: Sequence[LatentShardRef]) -
         path=config.out / "latents",
         metadata=FileRef(path=path, sha256=sha256_file(path), num_bytes=path.stat().st_size),
         fingerprint=sha256_file(config.out / "latents" / LEDGER_FOLDER / "settings.json"),
-        num_seen=sum(shard.num_seen for shard in shards),
+        num_seen=num_seen,
         num_kept=len(rows),
         num_rejected=len(rejected),
         mean_ar_error=sum(abs(row.ar_error) for row in rows.values()) / len(rows),

@@ -130,9 +130,10 @@ def _select(shard: ShardRef, config: CacheLatentsConfig) -> tuple[list[Picture],
     """Read every picture's header: those worth encoding, in the shard's order, and the others with the reason."""
     try:
         rows: list[list[Any]] = orjson.loads(shard.path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, orjson.JSONDecodeError) as error:
+        shard.path.unlink(missing_ok=True)
         raise ShardError(
-            f"{shard.path}: the listing of shard {shard.index} is gone. Run cache-latents again."
+            f"{shard.path}: the listing of shard {shard.index} is gone or damaged. Run cache-latents again."
         ) from error
     table = BucketTable.from_options(config)
     pictures: list[Picture] = []

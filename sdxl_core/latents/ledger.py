@@ -1,7 +1,7 @@
 """What a shard has finished: one JSON line a commit group, appended after the group's files were synced.
 
-A line that was cut by a crash does not count, and neither does a row whose file is gone or altered (`settle`). The last
-line says that the whole shard is done.
+A line that is damaged does not count, and neither does a row whose file is gone or altered (`settle`). The last line
+says that the whole shard is done.
 """
 
 from __future__ import annotations
@@ -60,11 +60,15 @@ class Group:
 
 @dataclass(slots=True, kw_only=True)
 class ShardLedger:
-    """A shard's ledger as read: groups by number (a later line wins) and the closing record, None while unfinished."""
+    """A shard's ledger as read: groups by number (a later line wins) and the closing record, None while unfinished.
+
+    `is_damaged`: it has lines that are none of ours; then the shard does not count as done, and `settle` drops them.
+    """
 
     path: Path
     groups: dict[int, Group] = field(default_factory=dict)
     done: dict[str, Any] | None = None
+    is_damaged: bool = False
 
     @classmethod
     def read(cls, path: Path) -> ShardLedger:
@@ -77,12 +81,14 @@ class ShardLedger:
         for line in lines[:-1]:  # what follows the last line break was cut short
             try:
                 record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                break
-            if "done" in record:
-                ledger.done = record["done"]
-            else:
-                ledger.groups[record["group"]] = _group(record)
+                if "done" in record:
+                    ledger.done = _closing(record["done"])
+                else:
+                    ledger.groups[int(record["group"])] = _group(record)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                ledger.is_damaged = True
+        if ledger.is_damaged:
+            ledger.done = None
         return ledger
 
     def rows(self) -> list[LatentRow]:
@@ -104,10 +110,10 @@ class ShardLedger:
             rows = [_believed(row, latents) for row in group.rows]
             if None not in rows:
                 kept[number] = replace(group, rows=tuple(row for row in rows if row is not None))
-        if kept == self.groups:
+        if kept == self.groups and not self.is_damaged:
             return
         self.done = self.done if len(kept) == len(self.groups) else None
-        self.groups = kept
+        self.groups, self.is_damaged = kept, False
         records = [_group_record(kept[number]) for number in sorted(kept)]
         write_atomic(self.path, map(_line, records + ([{"done": self.done}] if self.done is not None else [])))
 
@@ -158,6 +164,11 @@ def _line(record: dict[str, Any]) -> bytes:
 def _group_record(group: Group) -> dict[str, Any]:
     rows = [[getattr(row, name) for name in LatentRow.__slots__] for row in group.rows]
     return {"group": group.number, "rows": rows, "rejected": group.rejected, "notes": group.notes}
+
+
+def _closing(record: dict[str, Any]) -> dict[str, Any]:
+    """The closing record, its rejections checked."""
+    return record | {"rejected": [(str(key), str(reason), str(detail)) for key, reason, detail in record["rejected"]]}
 
 
 def _group(record: dict[str, Any]) -> Group:

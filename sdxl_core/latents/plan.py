@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.dataset.listing import ImageFile, scan_images
 from sdxl_core.dataset.metadata import read_metadata
-from sdxl_core.errors import ConfigError
+from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.latents.ledger import LEDGER_FOLDER
 from sdxl_core.refs import ShardRef
@@ -53,7 +53,7 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
         body = orjson.dumps(rows[start:stop])
         digest = digest_of(FORMAT, fingerprint, config.commit_size, body)
         path = folder / f"{digest[:32]}.rows.json"
-        if not path.exists():
+        if not (path.exists() and path.stat().st_size == len(body)):
             write_atomic(path, body)
         shards.append(ShardRef(index=index, start=start, stop=stop, digest=digest, path=path))
     return LatentPlan(shards=tuple(shards), fingerprint=fingerprint, num_seen=len(rows))
@@ -72,7 +72,7 @@ def _check_settings(config: CacheLatentsConfig) -> str:
     settings |= {name: getattr(config, name) for name in SHAPING}
     path = config.out / "latents" / LEDGER_FOLDER / "settings.json"
     if path.exists():
-        old = orjson.loads(path.read_bytes())
+        old = _stored_settings(path)
         for name, value in settings.items():
             if old.get(name) != value:
                 shown = "other weights than" if name == "vae" else f"{name} = {old.get(name)!r}, not"
@@ -84,6 +84,19 @@ def _check_settings(config: CacheLatentsConfig) -> str:
     else:
         write_atomic(path, orjson.dumps(settings, option=orjson.OPT_INDENT_2))
     return digest_of(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS))
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    try:
+        stored = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise DataError(
+            f"{path}: damaged, so it is not known with which settings these latents were made. Put a copy of it back, "
+            f"or delete {path.parent.parent} and encode again."
+        )
+    return stored
 
 
 def _resolve(config: CacheLatentsConfig, metadata: Mapping[str, Any]) -> list[list[Any]]:

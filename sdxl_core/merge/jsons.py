@@ -25,6 +25,7 @@ from sdxl_core.config import MergeJsonConfig
 from sdxl_core.dataset import forked
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import atomic_writer, remove_stale_partials
+from sdxl_core.merge.shards import refuse_foreign
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import MetadataRef
 from sdxl_core.rejected import Rejected, update_rejected
@@ -61,6 +62,7 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
     """
     if config.out.is_dir():
         raise ConfigError(f"out = {config.out}: this is a folder; name the JSON file to write in it.")
+    refuse_foreign(config.out)
     checked: list[_Checked] = []
     for source in forked.map_forked(_check, config.sources, count=forked.num_processes(len(config.sources))):
         checked.append(source)

@@ -11,7 +11,7 @@ from sdxl_core.dataset import forked
 from sdxl_core.errors import ConfigError
 from sdxl_core.merge.folder import MIN_IMAGES_A_PROCESS, pieces_of_folder, plan_folder
 from sdxl_core.merge.join import join_shards
-from sdxl_core.merge.shards import shard_is_merged, write_shard
+from sdxl_core.merge.shards import refuse_foreign, shard_is_merged, write_shard
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import MergeShardRef, MetadataRef, ShardRef
 
@@ -56,6 +56,7 @@ def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
 def _check_out(out: Path) -> None:
     if out.is_dir():
         raise ConfigError(f"out = {out}: this is a folder; name the JSON file to write in it.")
+    refuse_foreign(out)
     for parent in out.parents:
         if parent.exists():
             if not parent.is_dir():

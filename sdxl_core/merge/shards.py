@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from sdxl_core.config import MergeTagsConfig
-from sdxl_core.errors import DataError, ShardError
+from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import atomic_writer, write_atomic
 from sdxl_core.refs import MergeShardRef, ShardRef, to_json
 from sdxl_core.rejected import Rejected, read_rejected, update_rejected
@@ -123,6 +123,16 @@ def damaged(shard: MergeShardRef, path: Path) -> ShardError:
         f"{path}: this part of shard {shard.index} was changed or removed after it was written. Nothing was taken from "
         f"it; run the same command again, it makes that shard anew."
     )
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse to replace a file that is no JSON object. Raises: ConfigError."""
+    if out.is_file() and out.stat().st_size:
+        with open(out, "rb") as file:
+            if file.read(1) != b"{":
+                raise ConfigError(
+                    f"out = {out}: there is a file that is no metadata JSON; it is not overwritten. Name another file."
+                )
 
 
 def work_folder(config: MergeTagsConfig) -> Path:

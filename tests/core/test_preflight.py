@@ -35,3 +35,10 @@ def test_a_job_that_can_be_right_passes_and_makes_nothing(tmp_path: Path) -> Non
 def test_what_cannot_be_right_is_named_by_its_key(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_job(job(tmp_path, **sections))
+
+
+@pytest.mark.parametrize("inside", ["in", "in/deep", "link"])
+def test_a_job_that_would_write_among_its_pictures_is_refused(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ConfigError, match="lies inside"):
+        check_job(job(tmp_path, out=tmp_path / inside))

@@ -40,15 +40,19 @@ def test_the_order_is_by_path_parts_and_any_case_of_extension_counts(tmp_path: P
 def test_every_name_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "a.jpg", "d/a.png", os.fsdecode(b"\xff.png"))
     (tmp_path / "gone.png").symlink_to("nowhere")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe.png")
     listing = list_images(tmp_path, recursive=True, stage="test")
     assert {row.key: row.reason for row in listing.rejected} == {
         "a.png": "duplicate_key",
         "gone.png": "not_a_file",
+        "loop.png": "not_a_file",
         "pipe.png": "not_a_file",
         "\\udcff.png": "bad_file_name",
     }
-    assert listing.num_seen == len(listing.images) + len(listing.rejected) == 6
+    assert listing.num_seen == len(listing.images) + len(listing.rejected) == 7
 
 
 def test_links_to_folders_are_followed_once_and_end(tmp_path: Path) -> None:

@@ -359,3 +359,42 @@ def test_the_lock_is_shared_with_a_flow_of_the_same_process(make_job: Any) -> No
     config = make_job(collection(2))
     with output_lock(config.out / "latents", purpose="flow"):
         assert cache_latents(config).num_kept == 2
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"[1]", b'{"group":1}', b'{"done":3}', b"null"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_damaged_line_of_a_ledger_costs_its_group_only(make_job: Any, damage: bytes, place: int) -> None:
+    config = make_job(collection(), shard_size=12, commit_size=2, batch_size=2)
+    first = cache_latents(config)
+    before = snapshot(config.out)
+    (ledger,) = (config.out / "latents" / ".ledger").glob("*.ledger.jsonl")
+    lines = ledger.read_bytes().split(b"\n")
+    lines[place] = damage
+    ledger.write_bytes(b"\n".join(lines))
+    again = cache_latents(config)
+    assert (again.num_kept, again.num_rejected) == (first.num_kept, first.num_rejected)
+    assert snapshot(config.out) == before
+    assert damage not in ledger.read_bytes().split(b"\n")
+
+
+@pytest.mark.parametrize("content", [b"{bad", b"", b"[1]", b"null"])
+def test_damaged_settings_are_told(make_job: Any, content: bytes) -> None:
+    config = make_job(collection(3))
+    cache_latents(config)
+    (config.out / "latents" / ".ledger" / "settings.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"settings\.json: damaged.*delete"):
+        cache_latents(config)
+
+
+def test_a_damaged_listing_of_a_shard_is_made_again(make_job: Any) -> None:
+    config = make_job(collection(4))
+    cache_latents(config)
+    before = snapshot(config.out)
+    for path in (config.out / "latents" / ".ledger").glob("*.jsonl"):
+        path.unlink()
+    (listing,) = (config.out / "latents" / ".ledger").glob("*.rows.json")
+    listing.write_bytes(b"x" * listing.stat().st_size)
+    with pytest.raises(ShardError, match="gone or damaged"):
+        cache_latents(config)
+    cache_latents(config)
+    assert snapshot(config.out) == before

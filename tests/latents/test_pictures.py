@@ -159,3 +159,18 @@ def test_pictures_that_are_not_worth_decoding_are_told_from_their_header(tmp_pat
     assert judge(tmp_path, encoded(picture(31, 64), "PNG")) == "too_small"
     assert judge(tmp_path, encoded(picture(32, 64), "PNG")) == ""
     assert judge(tmp_path, encoded(picture(60, 64), "PNG"), no_upscale=True) == "too_small"
+
+
+def test_only_picture_formats_are_opened_whatever_the_name_says(tmp_path: Path) -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.png").write_bytes(postscript)
+    for look in (lambda: probe(tmp_path / "a.png", honour_exif=True), lambda: see(postscript)):
+        with pytest.raises(BadPicture, match="not a picture"):
+            look()
+
+
+def test_a_garbage_exif_block_does_not_cost_the_picture() -> None:
+    plain = Image.fromarray(picture(40, 30, seed=1))
+    data = io.BytesIO()
+    plain.save(data, "WEBP", lossless=True, exif=b"Exif\0\0garbage that is no TIFF header")
+    assert np.array_equal(see(data.getvalue()), np.asarray(plain))

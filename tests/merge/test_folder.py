@@ -359,3 +359,13 @@ def test_processes_share_the_work_and_a_killed_one_costs_nothing(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     merge(folder, tmp_path / "serial.json", num_shards=1)
     assert (tmp_path / "forked.json").read_bytes() == (tmp_path / "serial.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.txt", "notes.json"])
+def test_a_file_that_is_no_metadata_is_never_overwritten(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "in", {"a.png": "1girl"})
+    (folder / "notes.json").write_text("[1]")
+    before = (folder / name).read_bytes()
+    with pytest.raises(ConfigError, match="not overwritten"):
+        merge(folder, folder / name)
+    assert (folder / name).read_bytes() == before
