@@ -292,3 +292,14 @@ def test_pictures_of_folders_and_tars_are_read_alike_and_a_change_is_told(tmp_pa
     (tmp_path / "t.tar").unlink()
     with pytest.raises(DataError, match=r"t\.tar: cannot be read"):
         list(read_image_bytes(catalog, np.array([0])))
+
+
+def test_tars_of_texts_make_small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_TEXT_PIECE_BYTES", 30_000)
+    for shard in range(4):
+        write_tar(tmp_path / "in" / f"{shard}.tar", {f"{shard}{n}.webp": b"p" * 900 for n in range(10)})
+        write_tar(tmp_path / "in" / f"{shard}.txt.tar", {f"{shard}{n}.txt": b"1girl" for n in range(20)})
+    plan = plan_catalog(CatalogConfig(sources=(CatalogSource(path=tmp_path / "in"),), out=tmp_path / "c"))
+    texts = [[name for name, *_ in part.payload["ranges"] if "txt" in name] for part in plan]
+    assert max(map(len, texts)) == 1 and sum(map(len, texts)) == 4
+    assert len(told(build(tmp_path / "whole", tmp_path / "in"))) == 80

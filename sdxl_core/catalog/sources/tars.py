@@ -56,7 +56,7 @@ def plan(source: CatalogSource, work: Path) -> Iterator[Piece]:
             if ranges and num_bytes > room:
                 yield _piece(source, ranges, identity, stale)
                 ranges, identity, stale = [], [], []
-            room = (room if ranges else limit) - num_bytes
+            room = (min(room, limit) if ranges else limit) - num_bytes  # few texts next to pictures, too
             ranges.append((name, begin, end, index is not None))
             identity += [name, *file_identity(path), *(file_identity(index) if index else ()), begin, end or -1]
     if ranges:
