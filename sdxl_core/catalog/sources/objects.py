@@ -140,7 +140,9 @@ def _rating(value: Any) -> int | None:
 
 def _tags(entry: dict[str, Any]) -> tuple[Tags | None, str | None]:
     """Tags by category, None where nothing is known of them; and their text as it stands, where that tells more."""
-    by_category = {code: entry[name] for name, code in _CATEGORY_FIELDS.items() if entry.get(name) is not None}
+    by_category = {}
+    if not entry.keys() <= _WORDS:
+        by_category = {code: entry[name] for name, code in _CATEGORY_FIELDS.items() if entry.get(name) is not None}
     if by_category:
         return {code: _text(text, TAG_PREFIX).split() for code, text in by_category.items()}, None
     tags = entry.get("tags")
