@@ -20,7 +20,7 @@ import pyarrow as pa
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.parts import PartWriter
 from sdxl_core.catalog.schema import PART_ROWS
-from sdxl_core.catalog.sources.base import Piece, Reader, prefixed, rejected, text_columns
+from sdxl_core.catalog.sources.base import Piece, Reader, keys_of_paths, rejected, text_columns
 from sdxl_core.catalog.sources.keys import BadKey, picture_key
 from sdxl_core.catalog.sources.paths import file_identity, source_files
 from sdxl_core.catalog.tarheaders import BLOCK, End, Member, header_size, scan
@@ -192,7 +192,7 @@ class _Tar:
         if not kept:
             return
         columns, tags = text_columns(texts[source.tag_extension], texts[source.caption_extension])
-        columns["key"] = prefixed(source.prefix, pa.array([key for key, _ in kept], pa.string()))
+        columns["key"] = keys_of_paths(source, [key for key, _ in kept])
         images = [image for _, image in kept]
         columns["image"] = pa.array([image and image.name for image in images], pa.string())
         columns["tar"] = pa.array([image and self._name for image in images], pa.string())
