@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,11 +41,6 @@ def build_catalog(config: CatalogConfig, *, progress: Progress = no_progress) ->
     Raises: ConfigError: a source that is not there.   DataError: a source that cannot be understood, or nothing in it.
     DiskFullError.
     """
-    with _system_memory():
-        return _build(config, progress)
-
-
-def _build(config: CatalogConfig, progress: Progress) -> CatalogRef:
     plans = plan_catalog(config)
     count = forked.num_processes(min(config.processes or len(os.sched_getaffinity(0)), len(plans)))
     parts: list[CatalogPartRef] = []
@@ -54,17 +49,6 @@ def _build(config: CatalogConfig, progress: Progress) -> CatalogRef:
         parts.append(part)
         progress(STAGE, len(parts), len(plans), part.path.name[:8])
     return join_catalog(config, parts, progress=progress)
-
-
-@contextmanager
-def _system_memory() -> Iterator[None]:
-    """The C library's allocator for pyarrow: its own is no faster here and keeps 50 MB more a process."""
-    before = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
-    try:
-        yield
-    finally:
-        pa.set_memory_pool(before)
 
 
 def plan_catalog(config: CatalogConfig) -> list[CatalogPlanRef]:

@@ -27,6 +27,11 @@ class CatalogSource(Section):
     use: tuple[Use, ...] = Field(
         ("images", "facts", "tags", "captions"), min_length=1, description="what is taken from this source"
     )
+    key: Literal["path", "name"] = Field(
+        "path",
+        description="folder, tars: what names a picture. path: sub-folders and name, so that 0123/5123.webp is "
+        "0123/5123; name: the name alone, as where pictures are spread over sub-folders by their id",
+    )
     recursive: bool = Field(True, description="folder: look into sub-folders too")
     tag_extension: Extension = Field(
         ".txt", description="folder, tars: tags of picture F.png are in F + this extension"

@@ -45,7 +45,7 @@ def join_rows(parts: Sequence[Part], sources: Sequence[int]) -> Joined:
     """Group the rows of all parts by key.
 
     Args:   sources: position of the source of each part; ascending.
-    About 40 bytes a row are held meanwhile, where any key occurs twice; 16 where none does.
+    About 40 bytes a row are held meanwhile, where any key occurs twice (70: within one source); 16 where none does.
     """
     starts = part_starts(parts)
     hashes = _concatenated([part.rows["key_hash"].to_numpy() for part in parts], np.uint64)
@@ -91,26 +91,28 @@ def _split_collision(
 
 
 def _joined(order: Ints, group_starts: Ints, source_of: Ints, flags: dict[str, np.ndarray[Any, Any]]) -> Joined:
-    new_key = np.zeros(len(order), bool)
-    new_key[group_starts] = True
     sources = source_of[order]
-    new = new_key.copy()  # where another source, or another key, begins
+    new = np.zeros(len(order), bool)  # where another key, or another source of the same, begins
+    new[group_starts] = True
     new[1:] |= sources[1:] != sources[:-1]
-    told = np.flatnonzero(new)
+    del sources
+    told = None if new.all() else np.flatnonzero(new)  # None: no source names a key twice, which takes less memory
     adds_nothing = ~new
     first = order[group_starts]
     by_first = np.argsort(first)
     pointers, conflicts = {"first": first[by_first]}, {}
     for name, has in flags.items():
         rows = np.where(has[order], order, _NONE)
-        of_source = np.minimum.reduceat(rows, told)
-        adds_nothing &= order != np.repeat(of_source, np.diff(told, append=len(order)))
-        one_a_source = np.zeros(len(order), np.int8)
-        one_a_source[told] = of_source != _NONE
+        one_a_source = (rows != _NONE).view(np.int8)
+        if told is not None:
+            of_source = np.minimum.reduceat(rows, told)
+            adds_nothing &= order != np.repeat(of_source, np.diff(told, append=len(order)))
+            one_a_source[:] = 0
+            one_a_source[told] = of_source != _NONE
         conflicts[name] = int((np.add.reduceat(one_a_source, group_starts, dtype=np.int32) > 1).sum())
         rows = np.minimum.reduceat(rows, group_starts)
         rows[rows == _NONE] = -1
-        pointers[name] = rows[by_first].astype(np.int32)
+        pointers[name] = rows[by_first]
     return Joined(len(first), pointers, np.sort(order[adds_nothing]), conflicts)
 
 

@@ -23,6 +23,7 @@ from sdxl_core.catalog.records import Catalog
 from sdxl_core.catalog.schema import ROWS
 from sdxl_core.catalog.sources import jsonl as jsonl_source
 from sdxl_core.catalog.sources import parquet
+from sdxl_core.errors import DataError
 
 NUM_ROWS = 1_200
 BUILD = """
@@ -178,3 +179,16 @@ def test_forked_readers_share_one_catalog(tmp_path: Path) -> None:
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert catalog.take(order, columns).equals(expected)
+
+
+def test_a_source_that_cannot_be_read_leaves_the_catalog_as_it_was(tmp_path: Path) -> None:
+    sources = collection(tmp_path / "in")
+    out = tmp_path / "c"
+    build_catalog(CatalogConfig(sources=sources, out=out, processes=1))
+    before = content(out)
+    (tmp_path / "in" / "bad.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DataError, match=r"bad\.parquet: not a parquet file"):
+        build_catalog(
+            CatalogConfig(sources=(*sources, CatalogSource(path=tmp_path / "in" / "bad.parquet")), out=out, processes=1)
+        )
+    assert content(out) == before

@@ -83,7 +83,7 @@ def as_told(catalog: Catalog, records: np.ndarray[Any, Any] | None = None) -> li
     ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sources=st.lists(st.lists(row, min_size=1, max_size=8), min_size=1, max_size=3),
     part_rows=st.integers(1, 5),

@@ -199,11 +199,14 @@ def test_chosen_columns_are_used(tmp_path: Path) -> None:
         ({"__index_level_0__": [5, 6]}, "__index_level_0__", ["5", "6"]),
         ({"__index_level_0__": [0, 1], "id": [5.0, 6.0]}, "__index_level_0__", ["5", "6"]),
         ({"id": pa.array([5, 6], pa.uint64())}, "", ["5", "6"]),
+        ({"id": pa.array([b"5", b"6", b"\xff"], pa.binary())}, "", ["5", "6"]),
+        ({"id": pa.array(["5", "6", None]).dictionary_encode()}, "", ["5", "6"]),
         ({"id": ["a/5.webp", "H:\\x\\6.png"]}, "", ["a/5", "6"]),
     ],
 )
 def test_the_id_is_found(tmp_path: Path, ids: dict[str, Any], index: str, keys: list[str]) -> None:
-    source = write(tmp_path / "d.parquet", {"tag_string": ["a", "b"], **ids}, index=index)
+    count = max(map(len, ids.values()))
+    source = write(tmp_path / "d.parquet", {"tag_string": ["a"] * count, **ids}, index=index)
     assert list(told(build(tmp_path / "c", source.model_copy(update={"root_map": {"H:/x/": ""}})))) == keys
 
 

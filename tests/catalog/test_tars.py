@@ -292,3 +292,31 @@ def test_pictures_of_folders_and_tars_are_read_alike_and_a_change_is_told(tmp_pa
     (tmp_path / "t.tar").unlink()
     with pytest.raises(DataError, match=r"t\.tar: cannot be read"):
         list(read_image_bytes(catalog, np.array([0])))
+
+
+def test_tars_of_texts_make_small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_TEXT_PIECE_BYTES", 30_000)
+    for shard in range(4):
+        write_tar(tmp_path / "in" / f"{shard}.tar", {f"{shard}{n}.webp": b"p" * 900 for n in range(10)})
+        write_tar(tmp_path / "in" / f"{shard}.txt.tar", {f"{shard}{n}.txt": b"1girl" for n in range(20)})
+    plan = plan_catalog(CatalogConfig(sources=(CatalogSource(path=tmp_path / "in"),), out=tmp_path / "c"))
+    texts = [[name for name, *_ in part.payload["ranges"] if "txt" in name] for part in plan]
+    assert max(map(len, texts)) == 1 and sum(map(len, texts)) == 4
+    assert len(told(build(tmp_path / "whole", tmp_path / "in"))) == 80
+
+
+def test_pictures_spread_over_folders_by_id_meet_the_ids(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "0.tar", {"0123/5123.webp": b"tarred", "0123/5123.txt": b"1girl", "0001/1.webp": b"p"})
+    (tmp_path / "pix" / "0002").mkdir(parents=True)
+    (tmp_path / "pix" / "0002" / "2.webp").write_bytes(b"in a folder")
+    (tmp_path / "pix" / "0002" / "1.webp").write_bytes(b"again")
+    (tmp_path / "pix" / "0002" / "2.txt").write_text("solo")
+    (tmp_path / "m.jsonl").write_text("".join(f'{{"id": {n}, "caption": "c{n}"}}\n' for n in (5123, 2, 1)))
+    by_path = told(build(tmp_path / "path", tmp_path / "in", tmp_path / "pix"))
+    assert list(by_path) == ["0123/5123", "0001/1", "0002/1", "0002/2"]
+    catalog = build(tmp_path, tmp_path / "in", tmp_path / "pix", tmp_path / "m.jsonl", key="name", prefix="d/")
+    found = told(catalog)
+    assert {key: (row["tags"], row["caption"]) for key, row in found.items()} == {
+        "d/5123": (["1girl"], "c5123"), "d/1": (None, "c1"), "d/2": (["solo"], "c2"),
+    }  # fmt: skip
+    assert list(read_image_bytes(catalog, np.arange(3))) == [b"tarred", b"p", b"in a folder"]

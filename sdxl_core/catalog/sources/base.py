@@ -65,5 +65,11 @@ def text_columns(texts: list[str | None], captions: list[str | None]) -> tuple[d
     return columns, TagColumn(0, pa.array(tags, pa.list_(pa.string())))
 
 
+def keys_of_paths(source: CatalogSource, paths: list[str]) -> pa.StringArray:
+    """Keys of pictures whose paths below the source, without extension, are given."""
+    names = paths if source.key == "path" else [path.rpartition("/")[2] for path in paths]
+    return prefixed(source.prefix, pa.array(names, pa.string()))
+
+
 def prefixed(prefix: str, keys: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(prefix, keys, "") if prefix else keys

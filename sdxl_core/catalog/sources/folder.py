@@ -13,7 +13,7 @@ import pyarrow as pa
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.parts import PartWriter
 from sdxl_core.catalog.schema import PART_ROWS
-from sdxl_core.catalog.sources.base import STAGE, Piece, Reader, prefixed, rejected, text_columns
+from sdxl_core.catalog.sources.base import STAGE, Piece, Reader, keys_of_paths, rejected, text_columns
 from sdxl_core.dataset.listing import ImageFile, list_images
 from sdxl_core.dataset.text import UnreadableText, read_text
 from sdxl_core.files import digest_of, write_atomic
@@ -89,7 +89,7 @@ def _read_batch(
                 texts[ext].append(text)
     if kept:
         columns, tags = text_columns(texts[source.tag_extension], texts[source.caption_extension])
-        columns["key"] = prefixed(source.prefix, pa.array([image.key for image in kept], pa.string()))
+        columns["key"] = keys_of_paths(source, [image.key for image in kept])
         if "images" in source.use:
             columns["image"] = pa.array([image.name for image in kept], pa.string())
             columns["num_bytes"] = pa.array([image.num_bytes for image in kept], pa.int64())

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.parts import PartWriter, TagColumn
-from sdxl_core.catalog.schema import CATEGORIES, CATEGORY_CODES, RATING_CODES, ROWS
+from sdxl_core.catalog.schema import CATEGORY_CODES, RATING_CODES, ROWS
 from sdxl_core.catalog.sources.base import prefixed, rejected
 from sdxl_core.catalog.sources.columns import FACT_NAMES, TAG_PREFIX
 from sdxl_core.catalog.sources.keys import BadKey, picture_key
@@ -20,6 +20,9 @@ from sdxl_core.rejected import Rejected
 _BATCH = 8_192
 _WHOLE_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}\s*")
 _KEY_NAMES = ("image_path", "file_name", "key", "id")  # of a line; the first that is there names the picture
+_WORDS = {"tags", "caption", "train_resolution"}  # sd-scripts' metadata has no more
+_NO_FACTS: dict[str, int | None] = dict.fromkeys(("id", *FACT_NAMES))
+_CATEGORY_FIELDS = {f"{TAG_PREFIX}_{name}": code for name, code in CATEGORY_CODES.items() if name}
 
 Tags = dict[int, list[str]]  # by category code
 
@@ -100,6 +103,8 @@ def _name_of(entry: dict[str, Any]) -> str:
 
 
 def _facts(entry: dict[str, Any]) -> dict[str, int | None]:
+    if entry.keys() <= _WORDS:
+        return _NO_FACTS
     facts = {"id": _integer(entry.get("id"), 63)}
     for name, fields in FACT_NAMES.items():
         value = next((found for field in fields if (found := _at(entry, field)) is not None), None)
@@ -135,9 +140,11 @@ def _rating(value: Any) -> int | None:
 
 def _tags(entry: dict[str, Any]) -> tuple[Tags | None, str | None]:
     """Tags by category, None where nothing is known of them; and their text as it stands, where that tells more."""
-    by_category = {c: entry[f"{TAG_PREFIX}_{c}"] for c in CATEGORIES[1:] if entry.get(f"{TAG_PREFIX}_{c}") is not None}
+    by_category = {}
+    if not entry.keys() <= _WORDS:
+        by_category = {code: entry[name] for name, code in _CATEGORY_FIELDS.items() if entry.get(name) is not None}
     if by_category:
-        return {CATEGORY_CODES[c]: _text(text, f"{TAG_PREFIX}_{c}").split() for c, text in by_category.items()}, None
+        return {code: _text(text, TAG_PREFIX).split() for code, text in by_category.items()}, None
     tags = entry.get("tags")
     if isinstance(tags, dict):
         found: Tags = {}

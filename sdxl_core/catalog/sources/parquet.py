@@ -23,6 +23,7 @@ from sdxl_core.catalog.sources.keys import BadKey, picture_key
 from sdxl_core.catalog.sources.paths import file_identity, source_files
 from sdxl_core.catalog.sources.values import (
     Problems,
+    as_text,
     clean_lists,
     integers,
     one_line,
@@ -142,8 +143,7 @@ def _keys(ids: pa.Array, source: CatalogSource) -> tuple[pa.Array, Problems]:
     if pa.types.is_floating(ids.type) or pa.types.is_integer(ids.type):
         names = integers(ids, pa.int64()).cast(pa.string())
     else:
-        names = ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
-        names = names.cast(pa.string())
+        names = as_text(ids)[0].cast(pa.string())
     plain = pc.fill_null(pc.match_substring_regex(names, _PLAIN_KEY), False)
     if pc.all(plain).as_py():
         return names, {}

@@ -20,7 +20,7 @@ import pyarrow as pa
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.parts import PartWriter
 from sdxl_core.catalog.schema import PART_ROWS
-from sdxl_core.catalog.sources.base import Piece, Reader, prefixed, rejected, text_columns
+from sdxl_core.catalog.sources.base import Piece, Reader, keys_of_paths, rejected, text_columns
 from sdxl_core.catalog.sources.keys import BadKey, picture_key
 from sdxl_core.catalog.sources.paths import file_identity, source_files
 from sdxl_core.catalog.tarheaders import BLOCK, End, Member, header_size, scan
@@ -56,7 +56,7 @@ def plan(source: CatalogSource, work: Path) -> Iterator[Piece]:
             if ranges and num_bytes > room:
                 yield _piece(source, ranges, identity, stale)
                 ranges, identity, stale = [], [], []
-            room = (room if ranges else limit) - num_bytes
+            room = (min(room, limit) if ranges else limit) - num_bytes  # few texts next to pictures, too
             ranges.append((name, begin, end, index is not None))
             identity += [name, *file_identity(path), *(file_identity(index) if index else ()), begin, end or -1]
     if ranges:
@@ -192,7 +192,7 @@ class _Tar:
         if not kept:
             return
         columns, tags = text_columns(texts[source.tag_extension], texts[source.caption_extension])
-        columns["key"] = prefixed(source.prefix, pa.array([key for key, _ in kept], pa.string()))
+        columns["key"] = keys_of_paths(source, [key for key, _ in kept])
         images = [image for _, image in kept]
         columns["image"] = pa.array([image and image.name for image in images], pa.string())
         columns["tar"] = pa.array([image and self._name for image in images], pa.string())

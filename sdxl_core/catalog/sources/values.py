@@ -63,7 +63,7 @@ def as_text(array: pa.Array) -> tuple[pa.Array, Problems]:
     except pa.ArrowInvalid:
         return _one_by_one(array)
     offsets, data = text_buffers(text)
-    if len(data) and ((data == 0).any() or np.diff(offsets).max() > MAX_TEXT_BYTES):
+    if len(data) and (data.min() == 0 or np.diff(offsets).max() > MAX_TEXT_BYTES):
         return _one_by_one(array)
     return text, {}
 
@@ -106,7 +106,7 @@ def one_line(array: pa.Array) -> tuple[pa.Array, Problems]:
     """Sentences: stripped, line breaks become spaces, null where nothing is left."""
     text, problems = as_text(array)
     _, data = text_buffers(text)
-    if ((data == 10) | (data == 13)).any():
+    if len(data) and data.min() < ord(" "):
         text = pc.replace_substring_regex(text, r"\s*[\r\n]\s*", " ")
     text = pc.utf8_trim_whitespace(text)
     return pc.if_else(pc.equal(text, ""), None, text), problems
@@ -115,7 +115,7 @@ def one_line(array: pa.Array) -> tuple[pa.Array, Problems]:
 def _spaces(text: pa.Array) -> pa.Array:
     """Any white space as one space."""
     _, data = text_buffers(text)
-    if ((data >= 9) & (data <= 13)).any():
+    if len(data) and data.min() < ord(" "):
         return pc.replace_substring_regex(text, r"\s+", " ")
     return text
 
