@@ -122,7 +122,7 @@ def prepare(work: Path, num_rows: int) -> tuple[Path, Path]:
     dump, catalog = work / f"{num_rows}.parquet", work / f"{num_rows}.catalog"
     if not dump.exists():
         write_dump(dump, num_rows)
-    build_catalog(CatalogConfig(sources=(CatalogSource(path=dump),), out=catalog))
+    build_catalog(CatalogConfig(sources=(CatalogSource(path=dump),), out=catalog, index=False))
     return dump, catalog
 
 
