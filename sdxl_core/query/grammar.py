@@ -105,7 +105,8 @@ class _Reader:
                 if (term.part if isinstance(term, Not) else Not(term)) in required:
                     self.fail("this term is both wanted and unwanted, so nothing can match", "one of the two", at=word)
         if optional:
-            required.append(Or(tuple(optional), start=optional[0].start, stop=optional[-1].stop))
+            either = Or(tuple(optional), start=optional[0].start, stop=optional[-1].stop)
+            required.append(either if len(optional) > 1 else optional[0])
         if not required:
             return Everything(start=self.next.start, stop=self.next.start)
         if len(required) == 1:

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from sdxl_core.catalog.parts import open_arrow, write_arrow
 from sdxl_core.catalog.records import Catalog
+from sdxl_core.errors import DataError
 from sdxl_core.files import disk_errors, sync_files, sync_folder, write_atomic
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
@@ -32,9 +33,9 @@ from sdxl_core.query.expressions import Expression, FileType, Has, Query, Range,
 from sdxl_core.query.names import TagNames
 from sdxl_core.query.select import Ints, Mask, Selection, evaluate, has_prefix, is_any, narrowed, numbers_meet
 
-FORMAT = 1
+FORMAT = 2
 FREQUENT = 32  # one record in this many: from there on a bitmap is smaller than a list of uint32
-BLOCK = 1 << 17  # records, or entries of lists, that are worked on at a time
+BLOCK = 1 << 15  # records, or entries of lists, that are worked on at a time: arrays that are not mapped anew each time
 LONG = 64  # entries from which on a list is worth a step of its own
 NUMBERS = {
     "id": np.int64,
@@ -58,7 +59,8 @@ class Index:
 
     def select(self, query: Query) -> Selection:
         """The records that a query picks."""
-        return narrowed(self._catalog, query, np.flatnonzero(evaluate(query.where, self)))
+        records = np.flatnonzero(evaluate(query.where, self))
+        return narrowed(query, records, lambda some: self._file("key_hash")[some])
 
     def meet(self, condition: Expression) -> Mask:
         """Which records meet a condition."""
@@ -123,7 +125,8 @@ class Index:
 
     def _file(self, name: str) -> Ints:
         if name not in self._open:
-            self._open[name] = np.load(self._folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            stored = np.load(self._folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            self._open[name] = np.asarray(stored)  # np.memmap's own slices are slow
         return self._open[name]
 
     @cached_property
@@ -153,7 +156,7 @@ def open_index(catalog: Catalog) -> Index | None:
 def build_index(catalog: Catalog, *, progress: Progress = no_progress) -> Index:
     """Make the index of a catalog, unless it is there. Memory: a chunk of the catalog, and 16 bytes a tag.
 
-    Raises: LockedError: another process makes it just now.   DiskFullError.
+    Raises: LockedError: another process makes it just now.   DataError: the catalog is damaged.   DiskFullError.
     """
     folder = _folder(catalog)
     with output_lock(catalog.path, purpose="indexes a catalog"):
@@ -199,10 +202,11 @@ class _Builder:
             tail = np.zeros((len(self._frequent) + len(self._flags), 0), bool)
             done = 0
             numbers = [name for name in NUMBERS if name != "tagcount"]
-            for chunk in self._catalog.chunks(list(dict.fromkeys([*numbers, *PRESENT]))):
+            for chunk in self._catalog.chunks(list(dict.fromkeys([*numbers, *PRESENT, "key_hash"]))):
                 table, stop = chunk.table, chunk.start + chunk.table.num_rows
                 window = slice(chunk.start, stop)
                 self._write_postings(table["tags"], chunk.start, postings, cursor)
+                columns["key_hash"][window] = table["key_hash"].to_numpy()
                 columns["ending"][window] = endings.of(table["image"])
                 flags = self._write_numbers(table, window, columns)
                 rows = np.concatenate([_membership(table["tags"], self._rows, len(self._frequent)), flags])
@@ -210,6 +214,11 @@ class _Builder:
                 tail = self._write_bits(rows, done, bitmaps, columns, last=stop == num_records)
                 done = stop - tail.shape[1]
                 progress("index", stop, num_records)
+            if (cursor != self._starts[1:]).any():
+                raise DataError(
+                    f"{self._catalog.path}: the counts of its tags are not those of its pictures. Build the catalog "
+                    f"again in another folder."
+                )
         return endings.words
 
     def _write_names(self) -> None:
@@ -266,7 +275,7 @@ class _Builder:
     @contextmanager
     def _columns(self, num_records: int) -> Iterator[dict[str, Ints]]:
         shapes: dict[str, tuple[int, Any]] = {name: (num_records, dtype) for name, dtype in NUMBERS.items()}
-        shapes |= {"ending": (num_records, np.int32)}
+        shapes |= {"ending": (num_records, np.int32), "key_hash": (num_records, np.uint64)}
         shapes |= dict.fromkeys(self._flags, ((num_records + 7) // 8, np.uint8))
         opened = {name: self._open_new(name, (size,), dtype) for name, (size, dtype) in shapes.items()}
         yield opened

@@ -58,8 +58,8 @@ def evaluate(expression: Expression, conditions: Conditions) -> Mask:
     if isinstance(expression, And | Or):
         merge = np.logical_and if isinstance(expression, And) else np.logical_or
         mask = evaluate(expression.parts[0], conditions)
-        for part in expression.parts[1:]:
-            mask = merge(mask, evaluate(part, conditions))
+        for number, part in enumerate(expression.parts[1:]):
+            mask = merge(mask, evaluate(part, conditions), out=mask if number else None)
         return mask
     return conditions.meet(expression)
 
@@ -69,19 +69,21 @@ def select_by_scan(catalog: Catalog, query: Query) -> Selection:
     found: list[Ints] = [np.zeros(0, np.int64)]
     for chunk, conditions in scan(catalog, [query.where]):
         found.append(np.flatnonzero(evaluate(query.where, conditions)) + chunk.start)
-    return narrowed(catalog, query, np.concatenate(found))
+    return narrowed(query, np.concatenate(found), lambda some: catalog.take(some, ["key_hash"])["key_hash"].to_numpy())
 
 
-def narrowed(catalog: Catalog, query: Query, records: Ints) -> Selection:
-    """Apply random: and limit:. A draw depends on seed and keys only, not on the order of the catalog."""
+def narrowed(query: Query, records: Ints, hashes: Callable[[Ints], Ints]) -> Selection:
+    """Apply random: and limit:. A draw depends on seed and keys only, not on the order of the catalog.
+
+    Args:   hashes: the key hashes of given records (uint64).
+    """
     num_matched = len(records)
     if query.random is not None and query.random < len(records):
         draws = np.empty(len(records), np.uint64)
         for start in range(0, len(records), 1 << 20):
             piece = records[start : start + (1 << 20)]
-            draws[start : start + len(piece)] = catalog.take(piece, ["key_hash"])["key_hash"].to_numpy()
-        drawn = np.argsort(_mixed(draws, query.seed), kind="stable")[: query.random]
-        records = np.sort(records[drawn])
+            draws[start : start + len(piece)] = _mixed(hashes(piece), query.seed)
+        records = records[np.sort(_lowest(draws, query.random))]
     if query.limit is not None:
         records = records[: query.limit]
     return Selection(records, num_matched)
@@ -236,6 +238,15 @@ def has_ending(images: pa.Array, endings: Sequence[str]) -> Mask:
 def has_prefix(keys: pa.Array, prefixes: Sequence[str]) -> Mask:
     """Which keys begin with one of these."""
     return np.asarray(np.logical_or.reduce([np.asarray(pc.starts_with(keys, prefix)) for prefix in prefixes]))
+
+
+def _lowest(draws: Ints, count: int) -> Ints:
+    """Places of the `count` lowest draws; of equal ones the first."""
+    if not count:
+        return np.zeros(0, np.int64)
+    highest = np.partition(draws, count - 1)[count - 1]
+    below = np.flatnonzero(draws < highest)
+    return np.concatenate([below, np.flatnonzero(draws == highest)[: count - len(below)]])
 
 
 def _mixed(hashes: Ints, seed: int) -> Ints:

@@ -22,6 +22,7 @@ A, B, C = Tag("a"), Tag("b"), Tag("c")
         ("a or b c", Or((A, And((B, C))))),
         ("( a or b ) c", And((Or((A, B)), C))),
         ("~a ~b c", And((C, Or((A, B))))),
+        ("~a", A),
         ("-a", Not(A)),
         ("-( a or b )", Not(Or((A, B)))),
         ("( ( a ) )", A),

@@ -1,7 +1,8 @@
 """What a query finds: a naive evaluator, one row at a time, is the expected value; scan and index agree with it."""
 
 import fnmatch
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def number_is(condition: Range | Values, row: dict[str, Any]) -> bool:
     return above and below
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """Catalogs and indexes by the hundred: what is not asked here is whether they outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(row, min_size=1, max_size=40),
@@ -156,6 +165,35 @@ def test_scan_and_index_find_what_the_naive_evaluator_finds(
             assert explained[0].num_records == len(expected)
             parts = list(walk(query.where))
             assert [part.num_records for part in explained] == [sum(truth(part, row) for row in rows) for part in parts]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sources=st.lists(
+        st.lists(
+            st.tuples(st.integers(0, 30), st.none() | st.lists(st.sampled_from("abcde"))), min_size=1, max_size=60
+        ),
+        min_size=2,
+        max_size=3,
+    ),
+    part_rows=st.integers(1, 50),
+)
+def test_pictures_that_several_sources_describe_are_found_by_the_tags_that_count(
+    tmp_path_factory: pytest.TempPathFactory, sources: list[list[tuple[int, list[str] | None]]], part_rows: int
+) -> None:
+    told: dict[int, list[str] | None] = {}  # the first row that has tags counts
+    for key, tags in (row for source in sources for row in source):
+        told[key] = tags if told.get(key) is None else told[key]
+    rows = [[{"key": str(k), "tags": None if t is None else {"": t}} for k, t in source] for source in sources]
+    catalog = catalog_of(tmp_path_factory.mktemp("several"), rows, part_rows=part_rows)
+    keys = np.array([int(key) for chunk in catalog.chunks(["key"]) for key in chunk.table["key"].to_pylist()])
+    sides = {"width": None, "height": None}
+    rows_told = {key: {"tags": None if tags is None else {"": tags}, **sides} for key, tags in told.items()}
+    for text in ("a", "a -b", "b or ( c d )", "*", "-has:tags", "tagcount:>1"):
+        query = parse(text)
+        expected = [key for key in keys.tolist() if truth(query.where, rows_told[key])]
+        assert keys[select_by_scan(catalog, query).records].tolist() == expected, text
+        assert keys[build_index(catalog).select(query).records].tolist() == expected, text
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def catalog_of(
                     num_kept=len(piece), num_rejected=0,
                 )
             )  # fmt: skip
-    join_catalog(CatalogConfig(sources=tuple(configs), out=folder / "catalog"), parts)
+    join_catalog(CatalogConfig(sources=tuple(configs), out=folder / "catalog", index=False), parts)
     return Catalog.open(folder / "catalog")
 
 
