@@ -111,7 +111,7 @@ def try_link(how: str, source: str, out: Path) -> None:
 
     Raises: ConfigError: such links are not possible there, with what is.   DataError: no permission.
     """
-    if how not in ("hardlink", "reflink"):
+    if how == "copy":
         return
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     trial = str(parent / f".sdxl-flows-trial.{os.getpid()}-0.partial")
