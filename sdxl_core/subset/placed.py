@@ -66,8 +66,7 @@ class Placed:
             for wanted in group.files:
                 self._plan(wanted)
         stale = self._stale()
-        if not self.finished:
-            remove_stale_partials(self.out, name="*", recursive=True)
+        remove_stale_partials(self.out, name="*", recursive=not self.finished)
         files = {name: [*self.written.get(name, ()), state] for name, state in self.planned.items()}
         if stale or any(states[-1] not in self.written.get(name, ()) for name, states in files.items()):
             self._remember({name: self.written[name] for name in stale} | files, finished=False)
