@@ -38,7 +38,8 @@ from sdxl_core.catalog.records import Catalog
 from sdxl_core.subset.run import subset_records
 start = time.perf_counter()
 catalog = Catalog.open(Path(sys.argv[1]))
-subset_records(catalog, np.arange(catalog.num_records), query="", how=sys.argv[3], out=Path(sys.argv[2]))
+records, out = np.arange(catalog.num_records), Path(sys.argv[2])
+subset_records(catalog, records, settings={"source": "s", "query": ""}, how=sys.argv[3], out=out)
 Path(sys.argv[-1]).write_text(str(time.perf_counter() - start))
 """
 
@@ -63,7 +64,7 @@ def main() -> None:
 def compare(folder: Path, size: int, options: argparse.Namespace) -> None:
     make_pairs(folder / "in", size, options.picture_bytes)
     build_catalog(CatalogConfig(sources=(CatalogSource(path=folder / "in"),), out=folder / "catalog"))
-    commands = {"shutil": [sys.executable, "-c", RIVAL, f"{folder}/in", f"{folder}/out"]}
+    commands = {"shutil": [sys.executable, "-c", RIVAL, f"{folder}/in", f"{folder}/out", f"{folder}/seconds"]}
     for way in options.ways.split(","):
         commands[way] = [sys.executable, "-c", OURS, f"{folder}/catalog", f"{folder}/out", way, f"{folder}/seconds"]
     costs: dict[str, list[Cost]] = {way: [] for way in commands}

@@ -36,11 +36,12 @@ from sdxl_core.subset.run import subset_records
 folder = Path(sys.argv[1])
 catalog = Catalog.open(folder / "catalog")
 records = np.arange(catalog.num_records)
+settings = {"source": "s", "query": ""}
 """
 STEPS = {
     "start, record numbers": "",
-    "manifest": 'subset_records(catalog, records, query="", how="manifest", out=folder / "out")',
-    "manifest, again": 'subset_records(catalog, records, query="", how="manifest", out=folder / "out")',
+    "manifest": 'subset_records(catalog, records, settings=settings, how="manifest", out=folder / "out")',
+    "manifest, again": 'subset_records(catalog, records, settings=settings, how="manifest", out=folder / "out")',
     "10,000 rows of it": """
 manifest = Manifest.open(folder / "out")
 for row in np.random.default_rng(0).integers(0, manifest.num_records, 10_000).tolist():

@@ -29,7 +29,8 @@ TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 # What a picture's file may hold, whatever its name says: no format that runs a program (EPS) or that is no picture.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "AVIF", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF")  # JPEG includes MPO
+Image.init()
 # What Pillow's decoders raise on damaged files.
 DECODER_ERRORS = (OSError, ValueError, TypeError, SyntaxError, IndexError, KeyError, AttributeError, EOFError,
                   RuntimeError, OverflowError, MemoryError, struct.error, zlib.error)  # fmt: skip

@@ -175,6 +175,7 @@ def _told(catalog: Catalog, sums: Sums, *, query: str, query_tags: Mapping[str, 
         together={
             name: _company(catalog, counts, having=int(having), own=own)
             for (name, own), counts, having in zip(query_tags.items(), sums.together, sums.having, strict=True)
+            if having
         },
         tags_a_record=tuple(sums.tags_a_record.tolist()),
         num_sizes=len(sums.sizes),

@@ -23,7 +23,7 @@ RATING_NAMES = {"g": "general", "s": "sensitive", "q": "questionable", "e": "exp
 def markdown(statistics: CatalogStatistics) -> str:
     """All tables, one after the other."""
     parts = [
-        f"# Statistics of {headline(statistics)}",
+        f"# Statistics of {_plain(headline(statistics))}",
         "## What is missing",
         table(("what", "pictures", "share"), lacking_rows(statistics)),
         "## Lengths in tokens",
@@ -39,7 +39,7 @@ def markdown(statistics: CatalogStatistics) -> str:
         parts += [f"### Most frequent: {name}", table(("tag", "pictures", "share"), rows)]
     for name, company in statistics.together.items():
         together = [(row.tag, f"{row.num_records:,}", f"{row.share:.1%}", f"{row.lift:.1f}") for row in company]
-        parts += [f"### Beside {name}", table(("tag", "pictures", "share", "lift"), together[:NUM_ROWS])]
+        parts += [f"### Beside {_plain(name)}", table(("tag", "pictures", "share", "lift"), together[:NUM_ROWS])]
     for title, counts in (
         ("Ratings", rating_names(statistics)),
         ("Aspect ratios", statistics.aspects),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
+from sdxl_core.catalog.images import ImagePlace
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import atomic_writer
 
@@ -20,7 +21,7 @@ FORMAT = 1
 ROWS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
-        pa.field("record", pa.int64()),  # its number in the catalog; null: the subset was made of a plain folder
+        pa.field("record", pa.int64(), nullable=False),  # its number in the catalog
         pa.field("root", pa.int32(), nullable=False),  # position in `Manifest.roots`
         pa.field("image", pa.string(), nullable=False),  # path below the root, or member name in the tar
         pa.field("tar", pa.string()),  # path of the tar below the root; null: a plain file
@@ -28,28 +29,6 @@ ROWS = pa.schema(
         pa.field("num_bytes", pa.int64()),
     ]
 )
-
-
-class Place(NamedTuple):
-    """Where a picture's bytes are: `num_bytes` of `path` from `offset` on; offset -1: the whole file."""
-
-    path: Path
-    offset: int
-    num_bytes: int
-
-    def read(self) -> bytes:
-        """Raises: OSError: it is not there.   DataError: it is cut short."""
-        with open(self.path, "rb") as file:
-            if self.offset < 0:
-                return file.read()
-            file.seek(self.offset)
-            data = file.read(self.num_bytes)
-        if len(data) != self.num_bytes:
-            raise DataError(
-                f"{self.path}: ends {self.num_bytes - len(data)} bytes too early for a picture at {self.offset}. "
-                f"The tar was cut or replaced; fetch it again, or build the catalog again."
-            )
-        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +72,19 @@ class Manifest:
         for number in range(self._reader.num_record_batches):
             yield self._reader.get_batch(number).select(list(columns))
 
-    def place(self, row: int) -> Place:
-        """Where the picture of a row is. Raises: IndexError: there is no such row."""
+    def place(self, row: int) -> ImagePlace:
+        """Where the picture of a row is, for an `ImageReader`. Raises: IndexError: there is no such row."""
         if not 0 <= row < self.num_records:
             raise IndexError(f"{self.path}: row {row} of {self.num_records}")
         number = int(np.searchsorted(self._starts, row, "right")) - 1
         at = self._reader.get_batch(number).slice(row - int(self._starts[number]), 1).to_pylist()[0]
-        root = self.roots[at["root"]]
-        if at["tar"] is None:
-            return Place(root / at["image"], -1, at["num_bytes"])
-        return Place(root / at["tar"], at["offset"], at["num_bytes"])
+        return ImagePlace(
+            path=self.roots[at["root"]] / (at["image"] if at["tar"] is None else at["tar"]),
+            name=at["image"],
+            offset=at["offset"] or 0,
+            num_bytes=at["num_bytes"],
+            in_tar=at["tar"] is not None,
+        )
 
 
 def write_manifest(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -72,6 +71,8 @@ def symlink(wanted: Wanted, target: str) -> tuple[FileState, str]:
 
 def reflink(wanted: Wanted, target: str) -> tuple[FileState, str]:
     """Make a file of its own that shares its blocks until one of the two is changed. Raises: as `hardlink`."""
+    import fcntl  # not on Windows
+
     with open(wanted.path, "rb") as reading, atomic_writer(Path(target), sync=False) as writing:
         before = os.fstat(reading.fileno())
         try:
@@ -111,7 +112,7 @@ def try_link(how: str, source: str, out: Path) -> None:
 
     Raises: ConfigError: such links are not possible there, with what is.   DataError: no permission.
     """
-    if how not in ("hardlink", "reflink"):
+    if how == "copy":
         return
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     trial = str(parent / f".sdxl-flows-trial.{os.getpid()}-0.partial")

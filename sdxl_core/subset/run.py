@@ -15,7 +15,7 @@ import orjson
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.config import SubsetHow
 from sdxl_core.errors import ConfigError, DataError
-from sdxl_core.files import digest_of, write_atomic
+from sdxl_core.files import digest_of, remove_stale_partials, write_atomic
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import SubsetRef, to_json
@@ -83,6 +83,7 @@ def _manifest(
         raise DataError(f"{path} exists and is not ours; it is not overwritten. Choose another out folder.")
     if stored is not None and stored["finished"] and stored.get("digest") == digest and _stands(path, stored):
         return SubsetRef(**stored["ref"])
+    remove_stale_partials(out, name="*")
     write_atomic(ledger, orjson.dumps({"settings": settings, "finished": False}))
     halves = Halves()
     num_kept = write_manifest(
@@ -131,12 +132,12 @@ def _placed(
     halves = Halves()
     for batch in picked_batches(catalog, records, ()):
         halves.add(batch.table)
-    placed.finish()
     rows = chain(unjudged, without_image(catalog, records), failed)
     others = len(unjudged) + len(failed)
-    return _ref(
-        catalog, records, {**settings, "how": how}, out, placed.digest(), num_kept, rows, others, halves, num_refused
-    )
+    digest = placed.digest()
+    ref = _ref(catalog, records, {**settings, "how": how}, out, digest, num_kept, rows, others, halves, num_refused)
+    placed.finish()  # last: it marks the work done
+    return ref
 
 
 def _ref(

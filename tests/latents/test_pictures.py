@@ -170,7 +170,7 @@ def test_only_picture_formats_are_opened_whatever_the_name_says(tmp_path: Path) 
 
 
 def test_a_garbage_exif_block_does_not_cost_the_picture() -> None:
-    plain = Image.fromarray(picture(40, 30, seed=1))
+    plain = picture(40, 30, seed=1)
     data = io.BytesIO()
     plain.save(data, "WEBP", lossless=True, exif=b"Exif\0\0garbage that is no TIFF header")
     assert np.array_equal(see(data.getvalue()), np.asarray(plain))

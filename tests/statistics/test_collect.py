@@ -159,5 +159,6 @@ def test_the_page_needs_nothing_beside_it_and_shows_odd_tags_as_text(tmp_path: P
     assert (tmp_path / "statistics.html").stat().st_ino == written
     tables = markdown(found)
     assert "a\\|b\\_c" in tables and "| over 75 |" in tables
+    assert "# Statistics of 1 of 1 pictures that match '\\<b>'" in tables
     columns = {line.replace("\\|", "").count("|") for line in tables.splitlines() if "c | 1 |" in line}
     assert columns == {4}

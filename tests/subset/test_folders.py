@@ -121,6 +121,13 @@ def test_a_query_that_matches_nothing_counts_its_terms_and_suggests(source: Path
     ] in lines
 
 
+def test_a_text_without_a_picture_is_counted_and_listed(source: Path) -> None:
+    (source / "deep" / "lost.txt").write_text("fate")
+    ref = pick(source, "fate")
+    assert ("deep/lost.txt", "no_image") in [(row.key, row.reason) for row in read_rejected(ref.rejected)]
+    assert ref.num_kept + ref.num_unmatched + ref.num_rejected == ref.num_seen == 7
+
+
 def test_a_subset_inside_its_source_is_refused(source: Path) -> None:
     with pytest.raises(ConfigError, match="lies inside"):
         subset(SubsetConfig(source=source, query="fate", out=source / "sub"))

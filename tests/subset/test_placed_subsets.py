@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Files below a folder that are not ours to keep book with."""
     own = {".subset.json", "rejected.jsonl", "missing.jsonl"}
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name not in own}
+    return {name: data for name, data in found.items() if name not in own and not name.startswith(".lock.")}
 
 
 @pytest.mark.parametrize("how", PLACED)
@@ -169,6 +169,20 @@ def test_a_copy_whose_content_a_power_cut_lost_is_found_and_made_again(catalog: 
     os.utime(copy, ns=(time_ns, time_ns))
     pick(catalog, "copy")
     assert copy.read_bytes() == b"one"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("how", [*PLACED, "manifest"])
+def test_what_a_killed_process_left_half_written_is_removed(catalog: Catalog, how: SubsetHow, finished: bool) -> None:
+    out = catalog.path.parent / "out"
+    if finished:
+        pick(catalog, how, ("1",))
+    left = [
+        f".{name}.99999999-1.partial" for name in (".subset.json", "..rejected.jsonl.new", "1.png", "manifest.arrow")
+    ]
+    write(out, dict.fromkeys(left, b"half"))
+    pick(catalog, how)
+    assert not list(out.rglob("*.partial"))
 
 
 def test_every_finished_copy_has_the_digest_of_its_content(catalog: Catalog) -> None:

@@ -14,7 +14,7 @@ from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.parts import PartWriter
 from sdxl_core.catalog.schema import PART_ROWS
 from sdxl_core.catalog.sources.base import STAGE, Piece, Reader, keys_of_paths, rejected, text_columns
-from sdxl_core.dataset.listing import ImageFile, list_images
+from sdxl_core.dataset.listing import ImageFile, ImageListing, key_of, list_images
 from sdxl_core.dataset.text import UnreadableText, read_text
 from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.rejected import Rejected
@@ -30,6 +30,7 @@ def plan(source: CatalogSource, work: Path) -> Iterator[Piece]:
     extensions = (source.tag_extension, source.caption_extension)
     listing = list_images(source.path, recursive=source.recursive, stage=STAGE, text_extensions=extensions)
     refused = [[row.key, row.reason, row.detail] for row in listing.rejected]
+    refused += [[name, "no_image", "a text file without a picture"] for name in _lonely_texts(listing, extensions)]
     for start in range(0, max(len(listing.images), 1), PART_ROWS):
         images = listing.images[start : start + PART_ROWS]
         body = orjson.dumps(
@@ -95,6 +96,18 @@ def _read_batch(
             columns["num_bytes"] = pa.array([image.num_bytes for image in kept], pa.int64())
         writer.add(columns, [tags])
     return refused
+
+
+def _lonely_texts(listing: ImageListing, extensions: Sequence[str]) -> list[str]:
+    """Text files that belong to no picture, refused ones included."""
+    names = [image.name for image in listing.images] + [row.key for row in listing.rejected]
+    keys = {key_of(name) for name in names}
+    lonely = sorted(
+        name
+        for name in listing.texts
+        if not any(name.endswith(ext) and name[: -len(ext)] in keys for ext in extensions)
+    )
+    return [name.encode("utf-8", "backslashreplace").decode() for name in lonely]
 
 
 def _stats(folder: Path, images: Sequence[ImageFile], texts: frozenset[str], extension: str) -> list[int]:
