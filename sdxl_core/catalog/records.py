@@ -74,6 +74,12 @@ class Catalog:
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path / MANIFEST}: damaged ({error}). Build the catalog again.") from error
 
+    @property
+    def knows_pictures(self) -> bool:
+        """Whether any source has pictures; a dump of metadata alone describes them without."""
+        kinds = {source.kind for source in self.sources if "images" in source.use}
+        return not kinds.isdisjoint({"folder", "tars"})
+
     @cached_property
     def vocabulary(self) -> pa.RecordBatch:
         """All tags, `schema.VOCABULARY`; the row number is the tag's id. `count`: records that have it."""

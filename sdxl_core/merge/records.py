@@ -82,8 +82,7 @@ class _EntryWriter:
     def __init__(self, catalog: Catalog, config: MergeTagsConfig) -> None:
         self._catalog, self._config = catalog, config
         self._roots = [source.path for source in catalog.sources]
-        kinds = {source.kind for source in catalog.sources if "images" in source.use}
-        self._wants_images = not kinds.isdisjoint({"folder", "tars"})
+        self._wants_images = catalog.knows_pictures
 
     @cached_property
     def _tags(self) -> list[str]:

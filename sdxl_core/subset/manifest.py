@@ -23,7 +23,7 @@ ROWS = pa.schema(
         pa.field("key", pa.string(), nullable=False),
         pa.field("record", pa.int64(), nullable=False),  # its number in the catalog
         pa.field("root", pa.int32(), nullable=False),  # position in `Manifest.roots`
-        pa.field("image", pa.string(), nullable=False),  # path below the root, or member name in the tar
+        pa.field("image", pa.string()),  # path below the root, or member name in the tar; null: no source has pictures
         pa.field("tar", pa.string()),  # path of the tar below the root; null: a plain file
         pa.field("offset", pa.int64()),  # of the first data byte in the tar
         pa.field("num_bytes", pa.int64()),
@@ -73,11 +73,15 @@ class Manifest:
             yield self._reader.get_batch(number).select(list(columns))
 
     def place(self, row: int) -> ImagePlace:
-        """Where the picture of a row is, for an `ImageReader`. Raises: IndexError: there is no such row."""
+        """Where the picture of a row is, for an `ImageReader`. Raises: IndexError: there is no such row.
+        DataError: its catalog knows no pictures.
+        """
         if not 0 <= row < self.num_records:
             raise IndexError(f"{self.path}: row {row} of {self.num_records}")
         number = int(np.searchsorted(self._starts, row, "right")) - 1
         at = self._reader.get_batch(number).slice(row - int(self._starts[number]), 1).to_pylist()[0]
+        if at["image"] is None:
+            raise DataError(f"{self.path}: {at['key']} has no picture; {self.catalog} was made of metadata alone.")
         return ImagePlace(
             path=self.roots[at["root"]] / (at["image"] if at["tar"] is None else at["tar"]),
             name=at["image"],

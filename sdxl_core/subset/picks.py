@@ -62,11 +62,14 @@ def manifest_rows(catalog: Catalog, records: Ints, halves: Halves) -> Iterator[p
         columns = {"record": pa.array(batch.records), "root": batch.table["source"]}
         arrays = [columns[name] if name in columns else batch.table[name] for name in manifest.ROWS.names]
         rows = pa.RecordBatch.from_arrays(arrays, names=manifest.ROWS.names)
-        yield (rows if batch.has_image.all() else rows.filter(pa.array(batch.has_image))).cast(manifest.ROWS)
+        keep_all = batch.has_image.all() or not catalog.knows_pictures
+        yield (rows if keep_all else rows.filter(pa.array(batch.has_image))).cast(manifest.ROWS)
 
 
 def without_image(catalog: Catalog, records: Ints) -> Iterator[Rejected]:
-    """Texts without a picture: the records that nothing can be placed of."""
+    """Texts without a picture: the records that nothing can be placed of. None where no source has pictures at all."""
+    if not catalog.knows_pictures:
+        return
     for batch in picked_batches(catalog, records, ()):
         for key in batch.table["key"].filter(pa.array(~batch.has_image)).to_pylist():
             yield Rejected(stage=STAGE, key=key, reason="no_image", detail="its words are known, but no source has it")

@@ -59,6 +59,11 @@ def subset_records(
     Raises: ConfigError: `out` belongs to other settings or holds a source, or `how` is not possible there.
             DataError: a file of another content is in the way.   LockedError, DiskFullError.
     """
+    if how != "manifest" and not catalog.knows_pictures:
+        raise ConfigError(
+            f"how = {how}: no source of {catalog.path} has pictures, so none can be placed. Use --how manifest, or build "
+            f"the catalog with the folder or the tars of the pictures among its sources."
+        )
     check_out(out, [] if how == "manifest" else [source.path for source in catalog.sources])
     with output_lock(out, purpose="makes a subset"):
         if how == "manifest":
@@ -155,7 +160,7 @@ def _ref(
     num_rejected = write_if_news(out / REJECTED_FILE, rejected)
     write_if_news(out / MISSING_FILE, without_text(catalog, records))
     missing = halves.told()
-    assert num_rejected == num_others + missing["image"]
+    assert num_rejected == num_others + (missing["image"] if catalog.knows_pictures else 0)
     return SubsetRef(
         path=out,
         catalog=catalog.path,

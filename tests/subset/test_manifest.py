@@ -4,6 +4,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.rows import catalog_of
 
@@ -103,3 +106,25 @@ def test_rows_of_many_batches_stay_in_order(tmp_path: Path) -> None:
     assert [key for batch in manifest.chunks(["key"]) for key in batch["key"].to_pylist()] == [f"{n}" for n in kept]
     assert manifest.place(BATCH - 1).path.name == f"{kept[BATCH - 1]}.png"
     assert ref.num_rejected == len(rows) - len(kept) == ref.missing["image"]
+
+
+def test_a_catalog_of_metadata_alone_is_listed_not_placed(tmp_path: Path) -> None:
+    from sdxl_core.catalog.build import build_catalog
+    from sdxl_core.catalog.config import CatalogConfig
+    from sdxl_core.config import MergeTagsConfig, SubsetConfig
+    from sdxl_core.merge.plan import merge_tags
+    from sdxl_core.subset.stage import subset
+
+    dump = pa.table({"id": [5, 6, 7], "tag_string": ["a b", "b", "a c"]})
+    pq.write_table(dump, tmp_path / "posts.parquet")
+    build_catalog(CatalogConfig.model_validate({"sources": [str(tmp_path / "posts.parquet")], "out": tmp_path / "c"}))
+    config = SubsetConfig(source=tmp_path / "c", query="a", how="manifest", out=tmp_path / "picked")
+    ref = subset(config)
+    assert (ref.num_kept, ref.num_unmatched, ref.num_rejected) == (2, 1, 0)
+    manifest = tmp_path / "picked" / "manifest.arrow"
+    merged = merge_tags(MergeTagsConfig(source=tmp_path / "c", manifest=manifest, out=tmp_path / "m.json"))
+    assert orjson.loads(merged.path.read_bytes()) == {"5": {"tags": "a, b"}, "7": {"tags": "a, c"}}
+    with pytest.raises(DataError, match="metadata alone"):
+        Manifest.open(manifest).place(0)
+    with pytest.raises(ConfigError, match="how = copy: no source"):
+        subset(config.model_copy(update={"how": "copy", "out": tmp_path / "files"}))
