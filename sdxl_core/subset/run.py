@@ -61,8 +61,8 @@ def subset_records(
     """
     if how != "manifest" and not catalog.knows_pictures:
         raise ConfigError(
-            f"how = {how}: no source of {catalog.path} has pictures, so none can be placed. Use --how manifest, or build "
-            f"the catalog with the folder or the tars of the pictures among its sources."
+            f"how = {how}: no source of {catalog.path} has pictures, so none can be placed. Use --how manifest, or "
+            f"build the catalog with the folder or the tars of the pictures among its sources."
         )
     check_out(out, [] if how == "manifest" else [source.path for source in catalog.sources])
     with output_lock(out, purpose="makes a subset"):
