@@ -35,7 +35,7 @@ from sdxl_core.query.select import Ints, Mask, Selection, evaluate, has_prefix, 
 
 FORMAT = 2
 FREQUENT = 32  # one record in this many: from there on a bitmap is smaller than a list of uint32
-BLOCK = 1 << 15  # records, or entries of lists, that are worked on at a time: arrays that are not mapped anew each time
+BLOCK = 1 << 15  # records, or entries of lists, that are worked on at a time
 LONG = 64  # entries from which on a list is worth a step of its own
 NUMBERS = {
     "id": np.int64,
@@ -108,7 +108,7 @@ class Index:
         return mask
 
     def _of_numbers(self, condition: Range | Values) -> Mask:
-        """Records whose numbers meet a condition; in blocks, so that what is worked on stays in the processor."""
+        """Records whose numbers meet a condition; in blocks, so that only masks grow with the records."""
         mask = np.zeros(self.num_records, bool)
         for start in range(0, self.num_records, BLOCK):
             stop = min(start + BLOCK, self.num_records)
