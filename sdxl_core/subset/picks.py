@@ -90,7 +90,8 @@ def wanted_groups(catalog: Catalog, records: Ints) -> Iterator[WantedGroup]:
     written from the catalog.
     """
     sources = [
-        (os.path.join(source.path, ""), source.kind == "folder", len(source.prefix)) for source in catalog.sources
+        (os.path.join(source.path, ""), source.kind == "folder", source.key == "path", len(source.prefix))
+        for source in catalog.sources
     ]
     columns = ("tar", "offset", "num_bytes", "raw_tags", "source", "tags_source", "caption_source")
     for batch in picked_batches(catalog, records, columns):
@@ -98,7 +99,7 @@ def wanted_groups(catalog: Catalog, records: Ints) -> Iterator[WantedGroup]:
         texts = [_Texts(catalog, batch.table, kind) for kind in ("tags", "caption")]
         for number in np.flatnonzero(batch.has_image).tolist():
             key, image = rows["key"][number], rows["image"][number]
-            root, _, _ = sources[rows["source"][number]]
+            root = sources[rows["source"][number]][0]
             tar = rows["tar"][number]
             name = key + os.path.splitext(image)[1]
             if tar is None:
@@ -109,9 +110,11 @@ def wanted_groups(catalog: Catalog, records: Ints) -> Iterator[WantedGroup]:
             for text in texts:
                 source = text.sources[number]
                 if source >= 0:
-                    base, is_folder, prefix = sources[source]
+                    base, is_folder, by_path, prefix = sources[source]
                     extension = text.extensions[source]
-                    if is_folder:
+                    if is_folder and source == rows["source"][number]:
+                        file = Wanted(key + extension, base + os.path.splitext(image)[0] + extension)
+                    elif is_folder and by_path:
                         file = Wanted(key + extension, base + key[prefix:] + extension)
                     else:
                         file = Wanted(key + extension, picture.path, text=text.content(number))

@@ -236,6 +236,14 @@ def test_words_that_stand_in_a_parquet_are_written_beside_the_pictures(tmp_path:
         assert contents(out) == expected and {path: path.lstat().st_ino for path in out.rglob("*")} == before
 
 
+def test_pictures_keyed_by_name_are_found_in_their_sub_folders(tmp_path: Path) -> None:
+    write(tmp_path / "in", {"0001/7.png": b"seven", "0001/7.txt": b"solo,pink hair"})
+    sources = (CatalogSource(path=tmp_path / "in", key="name"),)
+    build_catalog(CatalogConfig(sources=sources, out=tmp_path / "catalog", processes=1))
+    pick(Catalog.open(tmp_path / "catalog"), "hardlink", ("7",))
+    assert contents(tmp_path / "out") == {"7.png": b"seven", "7.txt": b"solo,pink hair"}
+
+
 @pytest.fixture
 def tars(tmp_path: Path) -> Catalog:
     rng = random.Random(1)
