@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         command = _command(commands, name, stage.help, _stage, stage=stage, name=name)
         _add_flow(command)
-        add_options(command, stage.config)
+        add_options(command, stage.config, all_optional=name == "subset")  # --explain needs no --out
         if name == "subset":
             command.add_argument(
                 "--explain", action="store_true", help="print how many pictures each term of the query finds, and end"
@@ -196,13 +196,23 @@ def _run_job(job: JobConfig, options: argparse.Namespace) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     values = collect_options(options, options.stage.config)
-    config = check(options.stage.config, values, where=f"sdxl-flows {options.name}")
     if options.name == "subset" and options.explain:
-        from sdxl_core.subset.stage import explain_query
-
-        print(explain_query(config))
+        _explain(values)
         return
-    _run_stage(config, options)
+    _run_stage(check(options.stage.config, values, where=f"sdxl-flows {options.name}"), options)
+
+
+def _explain(values: dict[str, Any]) -> None:
+    """Count the terms of a query; only of a folder, and where `out` is named, its catalog is left beside `out`."""
+    from tempfile import TemporaryDirectory
+
+    from sdxl_core.progress import terminal_progress
+    from sdxl_core.subset.stage import explain_query
+
+    with TemporaryDirectory(prefix="sdxl-flows-") as folder, terminal_progress() as progress:
+        values.setdefault("out", str(Path(folder) / "subset"))
+        config = check(SubsetConfig, values, where="sdxl-flows subset --explain")
+        print(explain_query(config, progress=progress))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,6 +77,25 @@ def remove_stale_partials(folder: Path, *, name: str, recursive: bool = False) -
         pid = partial.name.rsplit(".", 2)[1].partition("-")[0]
         if pid.isdecimal() and process_start(int(pid)) is None:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_guard(folder: Path) -> Iterator[None]:
+    """Hold a folder for a moment: reading and replacing one of its files is one step among all that do it under this.
+
+    Not to be nested. Without effect on Windows and where the file system knows no flock.
+    """
+    guard = -1
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        guard = os.open(folder, os.O_RDONLY)
+        fcntl.flock(guard, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if guard >= 0:
+            os.close(guard)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """One worker an output folder: a lock file with a heartbeat, which a killed holder cannot leave locked.
 
-On the holder's own machine a dead holder is known at once (process id and start time); from another machine (a network
-file system) a lock counts as abandoned when its heartbeat is a minute old by the file system's own clock.
+A holder of this very system (host, boot and process namespace) is dead when its process is. Any other (another machine
+of a network file system, another container) is dead when its heartbeat stands still: it must look old by the file
+system's clock and then not move while we watch it by our own, so a clock that jumps takes no lock from anybody.
 """
 
 from __future__ import annotations
@@ -11,63 +12,100 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 import orjson
 
 from sdxl_core.errors import LockedError
-from sdxl_core.files import disk_errors
+from sdxl_core.files import disk_errors, folder_guard
 from sdxl_core.processes import process_start
 
 HEARTBEAT_S = 10.0
 ABANDONED_AFTER_S = 60.0
+BEATS_WATCHED = 2.5  # how long an old heartbeat is watched before it counts as standing still
+BEATS_MISSED = 3  # how often a holder may find its lock gone before it counts it as lost
 LOCK_NAME = ".lock"
 
-_held: dict[Path, int] = {}
+
+@dataclass(slots=True)
+class _Held:
+    """A lock of this process. `token`: what is in our lock file.   `uses`: how many blocks are inside."""
+
+    path: Path
+    token: str
+    uses: int = 0
+    is_lost: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+_held: dict[Path, _Held] = {}
 _held_guard = threading.Lock()
 
 
 @contextmanager
 def output_lock(folder: Path, *, purpose: str, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the folder while the block runs; nested use by the same process is free.
+    """Hold the folder while the block runs; use by the same process within it is free, and the last one out lets go.
 
     Args:   purpose: what the holder does, for the message others get.   wait_s: how long to wait for another holder.
-    Raises: LockedError: somebody else holds it, with who and since when.
+    Raises: LockedError: somebody else holds it, with who and since when; or somebody took it over while we were
+            stopped for longer than a heartbeat may stand still.
     """
     key = folder.resolve()
-    with _held_guard:
-        nested = _held.get(key, 0)
-        if nested:
-            _held[key] = nested + 1
-    if not nested:
-        path = key / LOCK_NAME
-        _acquire(path, purpose, wait_s)
-        with _held_guard:
-            _held[key] = 1
-        stop = threading.Event()
-        threading.Thread(target=_beat, args=(path, stop), daemon=True).start()
+    held = _enter(key, purpose, wait_s)
     try:
         yield
     finally:
-        with _held_guard:
-            _held[key] -= 1
-        if not nested:
-            stop.set()
-            path.unlink(missing_ok=True)
+        _leave(key, held)
+    if held.is_lost:
+        raise LockedError(
+            f"{folder}: another process took over while this one ({purpose}) was stopped for over a minute. What both "
+            f"wrote may be mixed; run the same command again, it checks what is there."
+        )
 
 
-def _acquire(path: Path, purpose: str, wait_s: float) -> None:
+def _enter(key: Path, purpose: str, wait_s: float) -> _Held:
+    with _held_guard:
+        held = _held.get(key)
+        if held is not None:
+            held.uses += 1
+            return held
+    path = key / LOCK_NAME
+    token = _acquire(path, purpose, wait_s)
+    held = _Held(path, token, uses=1)
+    with _held_guard:
+        _held[key] = held
+    threading.Thread(target=_beat, args=(held,), daemon=True).start()
+    return held
+
+
+def _leave(key: Path, held: _Held) -> None:
+    with _held_guard:
+        held.uses -= 1
+        if held.uses:
+            return
+        del _held[key]
+    held.stop.set()
+    with folder_guard(held.path.parent):
+        found = _read(held.path)
+        if found is not None and found.get("token") == held.token:
+            held.path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path, purpose: str, wait_s: float) -> str:
     deadline = time.monotonic() + wait_s
+    token = uuid4().hex
     content = orjson.dumps(
         {
-            "host": socket.gethostname(),
-            "boot": _boot_id(),
+            **_system(),
             "pid": os.getpid(),
             "started": process_start(os.getpid()),
             "purpose": purpose,
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "token": token,
         }
     )
     with disk_errors(path):
@@ -77,7 +115,7 @@ def _acquire(path: Path, purpose: str, wait_s: float) -> None:
         if holder is None:
             continue
         if _is_abandoned(path, holder):
-            _take_away(path)
+            _take_away(path, holder)
             continue
         if time.monotonic() >= deadline:
             raise LockedError(
@@ -86,14 +124,15 @@ def _acquire(path: Path, purpose: str, wait_s: float) -> None:
                 f"gone, delete {path}."
             )
         time.sleep(min(1.0, max(0.05, deadline - time.monotonic())))
+    return token
 
 
 def _create(path: Path, content: bytes) -> bool:
     """Create the lock file with its content in one step (a link to a finished file), False where there is one."""
     draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
     with disk_errors(path):
-        draft.write_bytes(content)
         try:
+            draft.write_bytes(content)
             os.link(draft, path)
         except FileExistsError:
             return False
@@ -103,6 +142,7 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _read(path: Path) -> dict[str, object] | None:
+    """The holder as its lock file tells it, {} where the file is damaged, None where there is none."""
     try:
         holder = orjson.loads(path.read_bytes())
     except FileNotFoundError:
@@ -113,29 +153,29 @@ def _read(path: Path) -> dict[str, object] | None:
 
 
 def _is_abandoned(path: Path, holder: dict[str, object]) -> bool:
-    if holder.get("host") == socket.gethostname():
-        pid = holder.get("pid")
-        if holder.get("boot") != _boot_id() or not isinstance(pid, int):
-            return True
+    system, pid = _system(), holder.get("pid")
+    if isinstance(pid, int) and all(holder.get(name) == value for name, value in system.items()):
         return process_start(pid) != holder.get("started")
     try:
-        return _file_system_now(path) - path.stat().st_mtime > ABANDONED_AFTER_S
+        seen = path.stat().st_mtime
+        age_s = _file_system_now(path) - seen
+        if 0 <= age_s <= ABANDONED_AFTER_S:
+            return False
+        watched_until = time.monotonic() + BEATS_WATCHED * HEARTBEAT_S
+        while time.monotonic() < watched_until:
+            time.sleep(HEARTBEAT_S / 10)
+            if path.stat().st_mtime != seen:
+                return False
     except FileNotFoundError:
         return False
+    return True
 
 
-def _take_away(path: Path) -> None:
-    """Remove an abandoned lock; of several who try, one rename succeeds, and a fresh lock is never removed."""
-    grave = path.with_name(f"{path.name}.abandoned.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        os.rename(path, grave)
-    except FileNotFoundError:
-        return
-    holder = _read(grave)
-    if holder is not None and not _is_abandoned(grave, holder):  # somebody took it over meanwhile: give it back
-        os.rename(grave, path)
-        return
-    grave.unlink(missing_ok=True)
+def _take_away(path: Path, holder: dict[str, object]) -> None:
+    """Remove the lock that was judged, and no other."""
+    with folder_guard(path.parent):
+        if _read(path) == holder:
+            path.unlink(missing_ok=True)
 
 
 def _file_system_now(path: Path) -> float:
@@ -148,16 +188,29 @@ def _file_system_now(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except FileNotFoundError:
-        return ""
+def _system() -> dict[str, str]:
+    """Where a process id means the same process: the host, its boot, and its namespace of process ids."""
+    boot = namespace = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "boot": boot, "pid_namespace": namespace}
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(HEARTBEAT_S):
+def _beat(held: _Held) -> None:
+    """Touch the lock file until it is let go. A failing file system is tried again; one that is another's is lost."""
+    missed = 0
+    while not held.stop.wait(HEARTBEAT_S):
         try:
-            os.utime(path)
-        except FileNotFoundError:
+            found = _read(held.path)
+            if found is not None and found.get("token") == held.token:
+                os.utime(held.path)
+                missed = 0
+                continue
+        except OSError:
+            continue
+        missed += 1
+        if found or missed >= BEATS_MISSED:  # another's, or gone for good
+            held.is_lost = not held.stop.is_set()
             return

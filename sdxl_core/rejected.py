@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 
 from sdxl_core.errors import DataError
-from sdxl_core.files import write_atomic
+from sdxl_core.files import folder_guard, write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,13 @@ def update_rejected(path: Path, stage: str, rows: Iterable[Rejected]) -> int:
 
     What is there already is not written again; an empty list makes an empty file.
     """
-    old, new = read_rejected(path), list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with folder_guard(path.parent):  # two stages may end at once
+        return _update(path, stage, list(rows))
+
+
+def _update(path: Path, stage: str, new: list[Rejected]) -> int:
+    old = read_rejected(path)
     if path.exists() and [row for row in old if row.stage == stage] == new:
         return len(new)
     first = next((place for place, row in enumerate(old) if row.stage == stage), len(old))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,6 +26,15 @@ from sdxl_core.summary import describe
 MIN_SECONDS_BETWEEN_UPDATES = 10.0
 
 
+@contextmanager
+def never_failing(what: str) -> Iterator[None]:
+    """What is shown must not cost what it tells about: a server that does not answer is a warning."""
+    try:
+        yield
+    except Exception as error:
+        get_run_logger().warning("%s could not be shown in the browser: %s", what, error)
+
+
 class ProgressArtifact:
     """A core `Progress` that draws one progress artifact and logs the same line, at most once in 10 s."""
 
@@ -34,6 +45,10 @@ class ProgressArtifact:
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        with never_failing("the progress"):
+            self._show(done, total, note)
+
+    def _show(self, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         with self._lock:
             if done < total and now - self._last_update < MIN_SECONDS_BETWEEN_UPDATES:
@@ -50,6 +65,7 @@ class ProgressArtifact:
                 update_progress_artifact(self._artifact, progress=percent, description=text)
 
 
+@never_failing("a result")
 def show_result(ref: Any, *, key: str, title: str) -> None:
     """A table of the reference's numbers and a markdown summary with the reasons of what was rejected."""
     fields = to_json(ref)
@@ -65,6 +81,7 @@ def show_result(ref: Any, *, key: str, title: str) -> None:
     create_link_artifact(key=f"{key}-files", link=_link(ref), link_text=_link(ref), description=f"{title}: files")
 
 
+@never_failing("a result")
 def show_shards(shards: list[LatentShardRef]) -> None:
     """A row a latent shard: device, pictures, speed, what it was bound by."""
     rows = [
@@ -81,6 +98,7 @@ def show_shards(shards: list[LatentShardRef]) -> None:
     create_table_artifact(key="latents-shards", table=rows, description=f"{len(rows)} latent shards")
 
 
+@never_failing("a result")
 def show_buckets(ref: LatentSetRef) -> None:
     """The bucket histogram as markdown, and the mean aspect-ratio error."""
     most = max(ref.buckets.values(), default=1)
@@ -90,6 +108,7 @@ def show_buckets(ref: LatentSetRef) -> None:
     create_markdown_artifact(key="latents-buckets", markdown="\n".join(lines), description="bucket histogram")
 
 
+@never_failing("a result")
 def show_checkpoint(ref: CheckpointRef) -> None:
     """What was trained and how to look at its curves."""
     lines = [

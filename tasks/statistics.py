@@ -6,7 +6,7 @@ from prefect.artifacts import create_markdown_artifact
 from sdxl_core.config import StatisticsConfig
 from sdxl_core.refs import StatisticsRef
 from sdxl_core.statistics import stage as core
-from tasks.artifacts import ProgressArtifact, show_result
+from tasks.artifacts import ProgressArtifact, never_failing, show_result
 from tasks.policies import ONCE, RETRIED
 
 
@@ -14,6 +14,7 @@ from tasks.policies import ONCE, RETRIED
 def collect_statistics(config: StatisticsConfig) -> StatisticsRef:
     """Count, and show the tables."""
     ref = core.statistics(config, progress=ProgressArtifact("statistics-progress", "pictures counted"))
-    create_markdown_artifact(key="statistics-tables", markdown=core.read_tables(ref), description="Statistics")
+    with never_failing("the tables"):
+        create_markdown_artifact(key="statistics-tables", markdown=core.read_tables(ref), description="Statistics")
     show_result(ref, key="statistics", title="Statistics")
     return ref

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,17 @@ def test_a_damaged_list_of_rejections_is_told(tmp_path: Path) -> None:
     (tmp_path / "rejected.jsonl").write_bytes(b'{"stage": "merge", "ke')
     with pytest.raises(DataError, match=r"rejected\.jsonl: damaged"):
         read_rejected(tmp_path / "rejected.jsonl")
+
+
+def test_stages_that_end_at_once_all_keep_their_rejections(tmp_path: Path) -> None:
+    path = tmp_path / "rejected.jsonl"
+    names = [f"stage{number}" for number in range(8)]
+
+    def end(name: str) -> None:
+        rows = [Rejected(stage=name, key=f"{name}{number}", reason="x", detail="") for number in range(50)]
+        update_rejected(path, name, rows)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(end, names))
+    assert {row.stage for row in read_rejected(path)} == set(names)
+    assert len(read_rejected(path)) == 400

@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdxl_core import lock
 from sdxl_core.errors import LockedError, ShardError
 from sdxl_core.latents import LatentRecord, read_npz, write_npz
 from sdxl_core.lock import LOCK_NAME, output_lock
@@ -121,14 +124,82 @@ def test_the_same_process_may_hold_it_twice(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK_NAME).exists()
 
 
-def test_a_lock_of_another_machine_counts_until_its_heartbeat_is_old(tmp_path: Path) -> None:
-    path = tmp_path / LOCK_NAME
-    path.write_text(
-        '{"host": "elsewhere", "boot": "x", "pid": 1, "started": "5", "purpose": "far job", "since": "noon"}'
-    )
+def far_lock(folder: Path, **other: object) -> Path:
+    """The lock of a holder on another system."""
+    path = folder / LOCK_NAME
+    with output_lock(folder, purpose="far job"):
+        told = orjson.loads(path.read_bytes())
+    path.write_bytes(orjson.dumps(told | {"pid": 1, "token": "far"} | (other or {"host": "elsewhere"})))
+    return path
+
+
+def test_a_lock_of_another_machine_counts_until_its_heartbeat_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.2)
+    path = far_lock(tmp_path)
     with pytest.raises(LockedError, match="far job"), output_lock(tmp_path, purpose="mine"):
         pass
     old = time.time() - 120
     os.utime(path, (old, old))
     with output_lock(tmp_path, purpose="mine"):
         assert "elsewhere" not in path.read_text()
+
+
+@pytest.mark.parametrize("other", [{"boot": "another"}, {"pid_namespace": "pid:[1]"}])
+def test_a_process_id_of_another_boot_or_container_proves_nothing(tmp_path: Path, other: dict[str, object]) -> None:
+    far_lock(tmp_path, **other)
+    with pytest.raises(LockedError, match="far job"), output_lock(tmp_path, purpose="mine"):
+        pass
+
+
+@pytest.mark.parametrize("jump_s", [-7200, 7200])
+def test_a_clock_that_jumps_takes_no_lock_from_a_living_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: int
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.4)
+    path = far_lock(tmp_path)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.2):
+            os.utime(path, (time.time() - jump_s, time.time() - jump_s))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        time.sleep(0.3)
+        with pytest.raises(LockedError, match="far job"), output_lock(tmp_path, purpose="mine"):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_holder_that_was_taken_over_says_so_and_leaves_the_other_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.1)
+    with pytest.raises(LockedError, match="took over"), output_lock(tmp_path, purpose="mine"):
+        taken = orjson.loads((tmp_path / LOCK_NAME).read_bytes()) | {"token": "another", "host": "elsewhere"}
+        (tmp_path / LOCK_NAME).write_bytes(orjson.dumps(taken))
+        time.sleep(0.5)
+    assert orjson.loads((tmp_path / LOCK_NAME).read_bytes())["token"] == "another"
+
+
+def test_of_threads_that_overlap_the_last_one_out_lets_go(tmp_path: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with output_lock(tmp_path, purpose="second"):
+            entered.set()
+            leave.wait(30)
+
+    with output_lock(tmp_path, purpose="first"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert entered.wait(30)
+    assert (tmp_path / LOCK_NAME).exists(), "the second is still inside"
+    leave.set()
+    thread.join()
+    assert list(tmp_path.iterdir()) == []
