@@ -64,6 +64,8 @@ def plan_catalog(config: CatalogConfig) -> list[CatalogPlanRef]:
             plans.append(
                 CatalogPlanRef(index=len(plans), source=number, digest=digest, label=piece.label, payload=piece.payload)
             )
+            if piece.listing and finished_part(plans[-1], config) is None:
+                write_atomic(Path(piece.payload["listing"]), piece.listing, sync=False)
     return plans
 
 

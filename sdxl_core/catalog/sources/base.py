@@ -21,12 +21,14 @@ STAGE = "catalog"
 class Piece(NamedTuple):
     """One part to be. `digest`: identity of what will be read (content, or names with sizes and times).
 
-    `label`: for people.   `payload`: what `read` needs to find it again, JSON.
+    `label`: for people.   `payload`: what `read` needs to find it again, JSON.   `listing`: what is put into the file
+    `payload["listing"]` where the part is still to be read.
     """
 
     digest: str
     label: str
     payload: dict[str, Any]
+    listing: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

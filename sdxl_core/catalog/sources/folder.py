@@ -16,7 +16,7 @@ from sdxl_core.catalog.schema import PART_ROWS
 from sdxl_core.catalog.sources.base import STAGE, Piece, Reader, keys_of_paths, rejected, text_columns
 from sdxl_core.dataset.listing import ImageFile, ImageListing, key_of, list_images
 from sdxl_core.dataset.text import UnreadableText, read_text
-from sdxl_core.files import digest_of, write_atomic
+from sdxl_core.files import digest_of
 from sdxl_core.rejected import Rejected
 
 BATCH = 8_192
@@ -42,10 +42,8 @@ def plan(source: CatalogSource, work: Path) -> Iterator[Piece]:
         )
         digest = digest_of(body)
         path = work / f"{digest[:32]}.listing.json"
-        if not path.exists():
-            write_atomic(path, body, sync=False)
         label = f"pictures {start}-{start + len(images)} of {source.path}"
-        yield Piece(digest, label, {"listing": str(path)})
+        yield Piece(digest, label, {"listing": str(path)}, body)
 
 
 def read(source: CatalogSource, payload: dict[str, Any], writer: PartWriter) -> list[Rejected]:
