@@ -1,0 +1,64 @@
+"""Parameters of a whole job: the stages' options, and the paths between them that follow from `out`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from sdxl_core.config.latents import CacheLatentsConfig, LatentsOptions
+from sdxl_core.config.merge import MergeTagsConfig, MergeTagsOptions
+from sdxl_core.config.subset import SourceOptions, SubsetConfig, SubsetOptions
+from sdxl_core.config.train import TrainConfig, TrainOptions
+from sdxl_core.refs import SubsetRef
+from sdxl_core.sections import Section
+
+
+class JobSource(SourceOptions):
+    path: Path = Field(description="folder of pictures with text files beside them")
+
+
+class JobConfig(Section):
+    """The whole path: pictures and tags in, fine-tuned SDXL checkpoint out."""
+
+    out: Path = Field(description="folder that receives everything the job makes")
+    source: JobSource = Field(description="the pictures")
+    subset: SubsetOptions = Field(SubsetOptions(), description="which pictures")
+    merge: MergeTagsOptions = Field(MergeTagsOptions(), description="tags and captions into one JSON")
+    latents: LatentsOptions = Field(LatentsOptions(), description="the latent cache")
+    train: TrainOptions = Field(TrainOptions(), description="fine-tuning")
+
+    def subset_config(self) -> SubsetConfig:
+        how = "manifest" if self.subset.how == "auto" else self.subset.how
+        return SubsetConfig(
+            **self.subset.model_dump() | {"how": how},
+            **self.source.model_dump(exclude={"path"}),
+            source=self.source.path,
+            out=self.out / "subset",
+        )
+
+    def merge_config(self, picked: SubsetRef | None) -> MergeTagsConfig:
+        """Args: picked: the subset stage's result, None where it was not run."""
+        is_listed = picked is not None and picked.how == "manifest"
+        return MergeTagsConfig(
+            **self.merge.model_dump(),
+            **self.source.model_dump(exclude={"path"}),
+            source=self.source.path if picked is None else picked.catalog if is_listed else picked.path,
+            manifest=picked.path / "manifest.arrow" if picked is not None and is_listed else None,
+            out=self.out / "meta_cap_dd.json",
+        )
+
+    def latents_config(self, picked: SubsetRef | None) -> CacheLatentsConfig:
+        """Args: picked: as in `merge_config`. A manifest leaves the pictures where they are."""
+        source = self.source.path if picked is None or picked.how == "manifest" else picked.path
+        return CacheLatentsConfig(
+            **self.latents.model_dump(), source=source, metadata=self.out / "meta_cap_dd.json", out=self.out
+        )
+
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(
+            **self.train.model_dump(),
+            metadata=self.out / "meta_lat.json",
+            latents=self.out / "latents",
+            out=self.out,
+        )

@@ -1,0 +1,78 @@
+"""Parameters of the latent cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sdxl_core.sections import Section
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class BucketOptions(Section):
+    resolution_px: int = Field(1024, ge=64, le=8192, description="buckets have at most resolution_px squared pixels")
+    min_bucket_px: int = Field(256, ge=8, le=8192, description="shortest side of a bucket")
+    max_bucket_px: int = Field(
+        2048, ge=8, le=16384, description="longest side of a bucket; sd-scripts' default 1024 costs wide pictures area"
+    )
+    bucket_step_px: int = Field(64, ge=8, le=1024, multiple_of=8, description="sides are multiples of this")
+    no_upscale: bool = Field(False, description="never enlarge: one bucket a size, as sd-scripts' bucket_no_upscale")
+
+    @model_validator(mode="after")
+    def sides_fit(self) -> BucketOptions:
+        if not self.min_bucket_px <= self.resolution_px <= self.max_bucket_px:
+            raise ValueError(
+                f"min_bucket_px {self.min_bucket_px} <= resolution_px {self.resolution_px} <= "
+                f"max_bucket_px {self.max_bucket_px} must hold"
+            )
+        if self.bucket_step_px > self.resolution_px:
+            raise ValueError(f"bucket_step_px {self.bucket_step_px} is larger than resolution_px {self.resolution_px}")
+        return self
+
+
+class LatentsOptions(BucketOptions):
+    vae: str = Field(
+        "tiny",
+        title="VAE",
+        description="single-file .safetensors (a whole checkpoint, or a VAE in LDM or diffusers keys), a diffusers "
+        "folder, or 'tiny' (a small random VAE for trying things out)",
+    )
+    dtype: Dtype = Field("float32", description="precision the VAE computes in; the .npz always holds float32")
+    batch_size: int = Field(4, ge=1, le=256, description="pictures a VAE batch")
+    shard_size: int = Field(4096, ge=1, le=1_000_000, description="pictures a shard: the unit of retry and resume")
+    commit_size: int = Field(
+        256, ge=1, le=100_000, description="pictures synced to disk at once; lost at most in a crash"
+    )
+    compat: Literal["default", "sd-scripts"] = Field(
+        "default",
+        description="default: EXIF orientation honoured, alpha composited, ICC converted to sRGB; "
+        "sd-scripts: its pixels exactly (EXIF and ICC ignored, alpha dropped)",
+    )
+    background: str = Field(
+        "#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="colour behind transparent pictures (compat = default)"
+    )
+    min_side_px: int = Field(32, ge=1, description="pictures with a shorter side are rejected as too_small")
+    max_image_megapixels: int = Field(200, ge=1, le=4000, description="larger pictures are rejected unopened")
+    max_cropped_share: float = Field(
+        0.75, ge=0, le=1, description="pictures that lose more than this share of their area to the crop are rejected"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the posterior sample, together with the picture's digest")
+    devices: str = Field(
+        "auto",
+        description="auto (every CUDA card, else one CPU slot), or a list such as 0,1 or cpu,cpu: one process each",
+    )
+    decode_threads: int = Field(2, ge=1, le=256, description="threads a device that decode and resize pictures")
+    root_map: dict[str, str] = Field(
+        {}, description='replace the beginning of metadata keys: {"H:/just_astolfo" = "/data/just_astolfo"}'
+    )
+
+
+class CacheLatentsConfig(LatentsOptions):
+    """Encode every picture of a metadata JSON with the VAE into bucketed .npz latents, resumable at any moment."""
+
+    source: Path = Field(description="folder of the pictures")
+    metadata: Path = Field(description="metadata JSON whose keys name the pictures")
+    out: Path = Field(description="folder that receives latents/, meta_lat.json and rejected.jsonl")
