@@ -26,6 +26,7 @@ from sdxl_core.config import (
 )
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError, SdxlFlowsError
+from sdxl_core.roots import ROOTS_VARIABLE
 
 
 class Stage(NamedTuple):
@@ -125,6 +126,10 @@ def _add_service(commands: Any) -> None:
     up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     up.add_argument("--port", type=int, default=4200, help="(default: 4200)")
     up.add_argument("--detach", action="store_true", help="leave it running in the background")
+    up.add_argument(
+        "--data-root", type=Path, action="append", default=[], metavar="DIR", dest="data_roots",
+        help="runs may only name paths below this folder; may be given repeatedly (docs/security.md)",
+    )  # fmt: skip
     _command(commands, "status", "what `up` has running", lambda _: sys.exit(service().status()))
     _command(commands, "down", "end what `up` has started", lambda _: service().down())
 
@@ -293,6 +298,8 @@ def service() -> Any:
 
 
 def _up(options: argparse.Namespace) -> None:
+    if options.data_roots:
+        os.environ[ROOTS_VARIABLE] = os.pathsep.join(str(root.resolve()) for root in options.data_roots)
     service().up(host=options.host, port=options.port, detach=options.detach)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdxl_core.catalog.records import Catalog, Ints
 from sdxl_core.errors import DataError
+from sdxl_core.roots import data_roots, is_allowed
 
 _MAX_OPEN = 32
 _RECORDS_AT_ONCE = 4_096
@@ -51,6 +52,7 @@ class ImageReader:
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._roots = data_roots()
 
     def __enter__(self) -> Self:
         return self
@@ -64,8 +66,11 @@ class ImageReader:
     def read(self, place: ImagePlace) -> bytes:
         """The picture's bytes, undecoded.
 
-        Raises: DataError: its file is gone, unreadable, or not as long as when the catalog was built.
+        Raises: DataError: its file is gone, unreadable, outside the data roots, or not as long as when the catalog was
+                built.
         """
+        if not is_allowed(place.path, self._roots):
+            raise DataError(f"{place.path}: leads out of the data roots of this machine, so it is not read.")
         try:
             if place.in_tar:
                 data = os.pread(self._handle(place.path), place.num_bytes, place.offset)

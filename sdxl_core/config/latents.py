@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sdxl_core.sections import Section
+from sdxl_core.sections import Section, WeightsName
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -34,7 +34,7 @@ class BucketOptions(Section):
 
 
 class LatentsOptions(BucketOptions):
-    vae: str = Field(
+    vae: WeightsName = Field(
         "tiny",
         title="VAE",
         description="single-file .safetensors (a whole checkpoint, or a VAE in LDM or diffusers keys), a diffusers "

@@ -12,6 +12,7 @@ from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of
 from sdxl_core.refs import SourceRef
 from sdxl_core.rejected import Rejected
+from sdxl_core.roots import data_roots, is_allowed
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 
@@ -80,12 +81,16 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
     """
     _check_source(source)
     scan = _scan(source, recursive=recursive, text_extensions=text_extensions)
-    if not (scan.images or scan.dangling):
+    if not (scan.images or scan.dangling or scan.outside):
         where = "it and its sub-folders" if recursive else "it (sub-folders were not looked into: recursive = false)"
         raise DataError(f"{source}: no pictures in {where}. Looked for {', '.join(IMAGE_EXTENSIONS)}, in any case.")
     rejected = [
         Rejected(stage=stage, key=_shown(name), reason="not_a_file", detail="a link to nothing, or no regular file")
         for name in _in_order(scan.dangling)
+    ]
+    rejected += [
+        Rejected(stage=stage, key=_shown(name), reason="outside_roots", detail="a link out of the data roots")
+        for name in _in_order(scan.outside)
     ]
     names: list[str] = []
     keys: list[str] = []
@@ -127,13 +132,17 @@ def key_of(name: str) -> str:
 class _Scan(NamedTuple):
     images: list[str]
     dangling: list[str]
+    outside: list[str]
     texts: frozenset[str]
 
 
 def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) -> _Scan:
     """Walk a folder. Links to folders are followed, each folder once and under its own name where it has one below
-    the source: so loops end, and the result does not depend on the order of directory entries."""
+    the source: so loops end, and the result does not depend on the order of directory entries. Links that leave the
+    data roots are not followed: pictures are listed as `outside`, texts and folders are not there."""
+    roots = data_roots()
     images: list[str] = []
+    outside: list[str] = []
     dangling: list[str] = []
     texts: list[str] = []
     folders, links = [""], list[str]()
@@ -154,7 +163,10 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
             with os.scandir(source / prefix) as entries:
                 for entry in entries:
                     name = entry.name
-                    if _leads_nowhere(entry):
+                    if roots and entry.is_symlink() and not is_allowed(entry.path, roots):
+                        if name.lower().endswith(IMAGE_EXTENSIONS):
+                            outside.append(prefix + name)
+                    elif _leads_nowhere(entry):
                         if name.lower().endswith(IMAGE_EXTENSIONS):
                             dangling.append(prefix + name)
                     elif entry.is_file():
@@ -172,7 +184,7 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 f"{source / prefix}: this folder cannot be read ({error.strerror}), so its pictures are unknown. "
                 f"Change its permissions, or move it out of {source}."
             ) from error
-    return _Scan(images, dangling, frozenset(texts))
+    return _Scan(images, dangling, outside, frozenset(texts))
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from sdxl_core.sections import Section
+from sdxl_core.sections import Section, WeightsName
 
 
 class RunOptions(Section):
-    base_model: str = Field(
+    base_model: WeightsName = Field(
         "tiny",
         description="single-file SDXL .safetensors, a diffusers folder, or 'tiny' (small, random weights)",
     )
