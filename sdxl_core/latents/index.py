@@ -1,0 +1,344 @@
+"""The index of a latent set: one row a kept picture, in the order of meta_lat.json, memory-mapped by every reader.
+
+Below `latents/`:
+    index.arrow         ROWS, uncompressed, in record batches of exactly BATCH_ROWS rows (the last one may be shorter)
+    index.files.arrow   FILES: the files that hold the rows' latents; `file` is a row number in it
+    index.keys.arrow    KEYS: hashes of all keys, ascending, and the row of each: where a key is
+    index.json          fingerprint, digest of meta_lat.json, CRC-32 of every batch; written last, marks the rest whole
+Every batch is checked against its CRC when it is first looked at, so a damaged one is never served.
+"""
+
+from __future__ import annotations
+
+import mmap
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from sdxl_core.catalog.parts import key_hashes
+from sdxl_core.errors import DataError
+from sdxl_core.files import atomic_writer, write_atomic
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+FORMAT = 1
+BATCH_ROWS = 65_536
+INDEX, INDEX_FILES, INDEX_KEYS, INDEX_END = "index.arrow", "index.files.arrow", "index.keys.arrow", "index.json"
+ROWS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("tags", pa.string()),  # as in the metadata JSON; null: it has none
+        pa.field("caption", pa.string()),
+        pa.field("bucket_width_px", pa.int32(), nullable=False),
+        pa.field("bucket_height_px", pa.int32(), nullable=False),
+        pa.field("original_width_px", pa.int32(), nullable=False),
+        pa.field("original_height_px", pa.int32(), nullable=False),
+        *(pa.field(f"crop_{side}", pa.float64(), nullable=False) for side in ("left", "top", "right", "bottom")),
+        pa.field("file", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # in a packed file; -1: the file is one picture's
+        pa.field("crc32", pa.uint32(), nullable=False),  # of the whole file; in a packed file of the row's payload
+        pa.field("key_hash", pa.uint64(), nullable=False),
+    ]
+)
+FILES = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # POSIX, below latents/
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("layout", pa.string(), nullable=False),  # per_image or packed
+    ]
+)
+KEYS = pa.schema([pa.field("key_hash", pa.uint64(), nullable=False), pa.field("row", pa.uint32(), nullable=False)])
+AGAIN = "Run cache-latents again: it makes the index anew and encodes nothing that is there."
+
+
+class LatentIndex:
+    """A finished index. Holds nothing but what is looked at; processes share the pages.
+
+    `fingerprint`: of the settings the latents were made with.   `metadata_sha256`: of the meta_lat.json it goes with.
+    """
+
+    def __init__(self, latents: Path, told: Mapping[str, Any]) -> None:
+        self.folder = latents
+        self.fingerprint: str = told["fingerprint"]
+        self.metadata_sha256: str = told["metadata_sha256"]
+        self.num_rows: int = told["num_rows"]
+        self.made_from: str = told["made_from"]
+        self._rows = _Batches(latents / INDEX, told["files"][INDEX])
+        self._files = _Batches(latents / INDEX_FILES, told["files"][INDEX_FILES])
+        self._keys = _Batches(latents / INDEX_KEYS, told["files"][INDEX_KEYS])
+
+    @classmethod
+    def exists(cls, latents: Path) -> bool:
+        """Whether a finished index is below a latents folder."""
+        return (latents / INDEX_END).is_file()
+
+    @classmethod
+    def open(cls, latents: Path) -> Self:
+        """Args: latents: the folder that has the latents. Raises: DataError: no index, or a damaged one."""
+        try:
+            told = orjson.loads((latents / INDEX_END).read_bytes())
+            if told["format"] != FORMAT:
+                raise DataError(
+                    f"{latents / INDEX_END}: an index of format {told['format']}; this version reads {FORMAT}. {AGAIN}"
+                )
+            return cls(latents, told)
+        except FileNotFoundError as error:
+            raise DataError(f"{latents}: has no index of its latents ({error.filename}). {AGAIN}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{latents / INDEX_END}: damaged, or not an index ({error}). {AGAIN}") from error
+
+    def chunks(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All rows in order, BATCH_ROWS at a time, views of the mapped file. Args: columns: of `ROWS`."""
+        for number in range(self._rows.count):
+            yield self._rows.batch(number).select(list(columns))
+
+    def take(self, rows: Sequence[int] | Ints, columns: Sequence[str]) -> pa.RecordBatch:
+        """The columns of rows by number, in the order given. Raises: IndexError.   DataError: a damaged batch."""
+        return self._rows.take(np.asarray(rows, np.int64), self.num_rows, columns)
+
+    def files(self, numbers: Sequence[int] | Ints) -> pa.RecordBatch:
+        """`FILES` of files by number. Raises: as `take`."""
+        return self._files.take(np.asarray(numbers, np.int64), self._files.num_rows, FILES.names)
+
+    @property
+    def num_files(self) -> int:
+        return self._files.num_rows
+
+    def find(self, key: str) -> int:
+        """The row of a key, -1 where there is none."""
+        return int(self.find_all([key])[0])
+
+    def find_all(self, keys: Sequence[str]) -> Ints:
+        """int64: the row of each key, -1 where there is none."""
+        found = np.full(len(keys), -1, np.int64)
+        if not self.num_rows or not len(keys):
+            return found
+        table = self._keys.batch(0)
+        hashes, rows = table["key_hash"].to_numpy(), table["row"].to_numpy()
+        wanted = key_hashes(pa.array(list(keys), pa.string())).to_numpy()
+        places = np.searchsorted(hashes, wanted)
+        open_ones = np.arange(len(keys))
+        while len(open_ones):  # once, unless two keys share a hash
+            open_ones = open_ones[places[open_ones] < len(hashes)]
+            open_ones = open_ones[hashes[places[open_ones]] == wanted[open_ones]]
+            if not len(open_ones):
+                break
+            candidates = rows[places[open_ones]].astype(np.int64)
+            names = self.take(candidates, ["key"])["key"].to_pylist()
+            same = np.array([name == keys[number] for name, number in zip(names, open_ones, strict=True)], bool)
+            found[open_ones[same]] = candidates[same]
+            open_ones = open_ones[~same]
+            places[open_ones] += 1
+        return found
+
+    def verify(self) -> list[str]:
+        """Read every byte of the index. Returns what is wrong, one sentence a damaged batch."""
+        problems = []
+        for table in (self._rows, self._files, self._keys):
+            for number in range(table.count):
+                try:
+                    table.batch(number, again=True)
+                except DataError as error:
+                    problems.append(str(error))
+        return problems
+
+
+class IndexWriter:
+    """Writes an index as its rows come; it takes effect when `finish` was called and the block ends.
+
+    `made_from`: identity of what the rows were made from, for whoever asks whether the index is up to date.
+    Holds 12 bytes a row (hashes and rows of all keys).
+    """
+
+    def __init__(self, latents: Path, *, fingerprint: str, made_from: str) -> None:
+        self._latents = latents
+        self._told = {"format": FORMAT, "fingerprint": fingerprint, "made_from": made_from}
+        self._hashes: list[Ints] = []
+        self._end: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._rows = self._stack.enter_context(_TableWriter(self._latents / INDEX, ROWS))
+        self._files = self._stack.enter_context(_TableWriter(self._latents / INDEX_FILES, FILES))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None and self._end is not None:
+            (self._latents / INDEX_END).unlink(missing_ok=True)  # what it marks is about to be replaced
+        self._stack.__exit__(kind, error, trace)
+        if error is None and self._end is not None:
+            files = {INDEX: self._rows.told(), INDEX_FILES: self._files.told(), INDEX_KEYS: self._write_keys()}
+            told = self._told | self._end | {"num_rows": self._rows.num_rows, "files": files}
+            write_atomic(self._latents / INDEX_END, orjson.dumps(told))
+
+    def add_files(self, paths: pa.StringArray, num_bytes: Ints, layout: str) -> int:
+        """Name files. Returns the number of the first; the others follow."""
+        first = self._files.num_rows
+        layouts = pa.array([layout] * len(paths), pa.string())
+        self._files.add([paths, pa.array(num_bytes, pa.int64()), layouts])
+        return first
+
+    def add(self, columns: Mapping[str, Any]) -> None:
+        """Append rows. Args: columns: arrays of one length by the names of `ROWS` but key_hash; tags and caption may be
+        left out."""
+        num_rows = len(columns["key"])
+        arrays = [columns.get(field.name, pa.nulls(num_rows, field.type)) for field in ROWS if field.name != "key_hash"]
+        hashes = key_hashes(pa.array(columns["key"], pa.string()))
+        self._hashes.append(hashes.to_numpy())
+        self._rows.add([*arrays, hashes])
+
+    def finish(self, *, metadata_sha256: str) -> None:
+        """All rows are there, and so is the meta_lat.json they go with."""
+        self._end = {"metadata_sha256": metadata_sha256}
+
+    def _write_keys(self) -> dict[str, Any]:
+        hashes = np.concatenate([*self._hashes, np.zeros(0, np.uint64)])
+        order = np.argsort(hashes, kind="stable").astype(np.uint32)
+        with _TableWriter(self._latents / INDEX_KEYS, KEYS, batch_rows=max(1, len(order))) as writer:
+            writer.add([pa.array(hashes[order]), pa.array(order)])
+        return writer.told()
+
+
+class _CheckedFile:
+    """A file that counts and sums what is written to it, for Arrow."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.position, self.crc32 = 0, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._file.write(view)
+        self.position += view.nbytes
+        self.crc32 = zlib.crc32(view, self.crc32)
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.position
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Arrow closes what it writes to; the file is closed, and takes its name, at the end of its own block."""
+
+
+class _TableWriter:
+    """An Arrow IPC file in batches of exactly `batch_rows` rows, whole or not at all, with a CRC-32 a batch."""
+
+    def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS) -> None:
+        self._path, self._schema, self._batch_rows = path, schema, batch_rows
+        self._pending: list[pa.RecordBatch] = []
+        self._num_pending = 0
+        self._batches: list[tuple[int, int, int]] = []
+        self.num_rows = self._summed = 0
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        self._file = _CheckedFile(self._stack.enter_context(atomic_writer(self._path)))
+        self._writer = pa.ipc.new_file(self._file, self._schema)
+        self._edges = [self._sum_up()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._flush(at_least=1)
+            self._writer.close()
+            self._edges.append(self._sum_up())
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, arrays: Sequence[Any]) -> None:
+        arrays = [pa.array(array, field.type) for array, field in zip(arrays, self._schema, strict=True)]
+        self._pending.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._num_pending += len(arrays[0])
+        self.num_rows += len(arrays[0])
+        self._flush(at_least=self._batch_rows)
+
+    def told(self) -> dict[str, Any]:
+        """What a reader needs: size, rows, and [start, stop, CRC-32] of every batch and of what is around them."""
+        sums = {"batches": self._batches, "edges": self._edges}
+        return {"num_bytes": self._file.position, "num_rows": self.num_rows} | sums
+
+    def _sum_up(self) -> tuple[int, int, int]:
+        """Where what was written since the last call begins and ends, and its CRC-32."""
+        summed = self._summed, self._file.position, self._file.crc32
+        self._summed, self._file.crc32 = self._file.position, 0
+        return summed
+
+    def _flush(self, *, at_least: int) -> None:
+        if self._num_pending < at_least:
+            return
+        table = pa.Table.from_batches(self._pending)
+        start = 0
+        while self._num_pending - start >= at_least:
+            piece = table.slice(start, self._batch_rows).combine_chunks()
+            self._writer.write_batch(piece.to_batches()[0])
+            self._batches.append(self._sum_up())
+            start += len(piece)
+        rest = table.slice(start).combine_chunks()
+        self._pending, self._num_pending = rest.to_batches(), len(rest)
+
+
+class _Batches:
+    """A mapped Arrow IPC file of `_TableWriter`; each batch is checked when it is first asked for."""
+
+    def __init__(self, path: Path, told: Mapping[str, Any]) -> None:
+        self._path = path
+        self._told = told["batches"]
+        self.count, self.num_rows = len(self._told), int(told["num_rows"])
+        with open(path, "rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(self._bytes) != told["num_bytes"]:
+            raise DataError(f"{path}: has {len(self._bytes)} bytes, not {told['num_bytes']}. {AGAIN}")
+        for edge in told["edges"]:
+            self._check(*edge)
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if self._reader.num_record_batches != self.count:
+            raise DataError(f"{path}: has {self._reader.num_record_batches} batches, not {self.count}. {AGAIN}")
+        self._batch: list[pa.RecordBatch | None] = [None] * self.count
+
+    def batch(self, number: int, *, again: bool = False) -> pa.RecordBatch:
+        """Args: again: check it even if it was checked before. Raises: DataError: other bytes than were written."""
+        found = self._batch[number]
+        if found is None or again:
+            self._check(*self._told[number])
+            found = self._batch[number] = self._reader.get_batch(number)
+        return found
+
+    def _check(self, begin: int, stop: int, crc32: int) -> None:
+        with memoryview(self._bytes) as view, view[begin:stop] as piece:
+            if zlib.crc32(piece) != crc32:
+                raise DataError(f"{self._path}: bytes {begin}-{stop} are not what was written. {AGAIN}")
+
+    def take(self, rows: Ints, num_rows: int, columns: Sequence[str]) -> pa.RecordBatch:
+        if len(rows) and (rows.min() < 0 or rows.max() >= num_rows):
+            raise IndexError(f"{self._path}: rows {rows.min()} to {rows.max()} of {num_rows}")
+        numbers, names = rows // BATCH_ROWS, list(columns)
+        parts, places = [], []
+        for number in np.unique(numbers).tolist():
+            mine = np.flatnonzero(numbers == number)
+            parts.append(self.batch(number).select(names).take(pa.array(rows[mine] % BATCH_ROWS)))
+            places.append(mine)
+        if not parts:
+            return pa.RecordBatch.from_pylist([], schema=pa.schema([self._reader.schema.field(name) for name in names]))
+        if len(parts) == 1:
+            return parts[0]
+        order = np.empty(len(rows), np.int64)
+        order[np.concatenate(places)] = np.arange(len(rows))
+        joined: pa.RecordBatch = pa.Table.from_batches(parts).combine_chunks().to_batches()[0]
+        return joined.take(pa.array(order))
