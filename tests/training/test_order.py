@@ -1,10 +1,13 @@
 """The order of an epoch is a pure function of (seed, epoch), whatever runs it."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_core.training import randomness
 from sdxl_core.training.order import batches_of_epoch, plan_epochs, position_of_step, samples_of_rank
+from sdxl_core.training.randomness import permutation, random_words
 
 BUCKETS = st.lists(st.sampled_from([(64, 64), (64, 128), (128, 64)]), min_size=1, max_size=60)
 SIZES = st.integers(1, 9)
@@ -67,3 +70,28 @@ def test_a_position_in_a_large_set_needs_one_epochs_order_only() -> None:
     epoch, micros = position_of_step(plan, 10**12 + 3)
     assert epoch == (10**12 + 3) // 500 and list(micros) == [6, 7]
     assert isinstance(batches_of_epoch(plan, epoch)[6], np.ndarray)
+
+
+@given(count=st.integers(0, 3000), key=st.integers(0, 2**40))
+def test_a_permutation_is_the_stable_argsort_of_its_words(count: int, key: int) -> None:
+    expected = np.argsort(random_words(count, key), kind="stable")
+    assert permutation(count, key).tolist() == expected.tolist()
+
+
+def test_words_that_agree_in_their_high_bits_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties of the shortened words are settled by the whole words, across the borders of the chunks as well."""
+    words = np.random.default_rng(0).integers(0, 1 << 14, 50_000).astype(np.uint64) << np.uint64(2)
+    monkeypatch.setattr(randomness, "random_words", lambda count, *_: words.copy())
+    monkeypatch.setattr(randomness, "_CHUNK", 7_000)
+    assert permutation(len(words), "any").tolist() == np.argsort(words, kind="stable").tolist()
+
+
+def test_steps_and_batches_are_the_same_on_any_number_of_processes() -> None:
+    """At equal global batch: the same steps, and every process's samples together are the same batch."""
+    bucket_of = [((64, 64), (64, 128), (128, 64))[i % 3] for i in range(101)]
+    plan = plan_epochs(bucket_of, global_batch_size=4, accumulation_steps=3, seed=1)
+    for batch in batches_of_epoch(plan, 2):
+        for processes in (1, 2, 4):
+            parts = [samples_of_rank(batch, rank=rank, num_processes=processes) for rank in range(processes)]
+            interleaved = [part[i] for i in range(4) for part in parts if i < len(part)]
+            assert interleaved == batch.tolist()
