@@ -114,11 +114,41 @@ def build_parser() -> argparse.ArgumentParser:
                 "--explain", action="store_true", help="print how many pictures each term of the query finds, and end"
             )
 
+    _add_lineage(commands)
     _add_service(commands)
     _command(
         commands, "doctor", "what is installed, which GPUs, does bitsandbytes work here, what to do if not", _doctor
     )
     return parser
+
+
+def _add_lineage(commands: Any) -> None:
+    lineage = _command(commands, "lineage", "which pictures, tags, settings and code made a checkpoint", _lineage)
+    lineage.add_argument("file", type=Path, metavar="FILE.safetensors")
+    lineage.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="the run's folder, if it was moved")
+    lineage.add_argument("--images", action="store_true", help="print every picture with its texts, a JSON line each")
+    lineage.add_argument("--html", type=Path, metavar="PAGE.html", help="write it as one self-contained page")
+
+
+def _lineage(options: argparse.Namespace) -> None:
+    import orjson
+
+    from sdxl_core.lineage import trace
+    from sdxl_core.lineage.show import lineage_text, write_lineage_page
+    from sdxl_core.refs import to_json
+
+    lineage = trace(options.file, run=options.folder)
+    if options.images:
+        for image in lineage.images():
+            print(orjson.dumps(image).decode())
+        return
+    print(
+        orjson.dumps(to_json(lineage), option=orjson.OPT_INDENT_2).decode()
+        if options.as_json
+        else lineage_text(lineage)
+    )
+    if options.html is not None:
+        print(f"look: {write_lineage_page(lineage, options.html)}", file=sys.stderr)
 
 
 def _add_service(commands: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError
+from sdxl_core.lineage import lineage_metadata
 from sdxl_core.models import SdxlModels, load_models, modelspec_metadata, save_single_file
 from sdxl_core.refs import FileRef
 from sdxl_core.training.denoiser import Denoiser
@@ -107,6 +108,7 @@ def save_checkpoint(models: TrainedModels, config: TrainConfig, *, digest: str, 
         "sdxl_flows.config": config.model_dump_json(),
         "sdxl_flows.dataset_digest": digest,
         "sdxl_flows.steps": str(num_steps),
+        **lineage_metadata(config),
     }
     path = config.out / "model" / f"{config.output_name}.safetensors"
     return save_single_file(path, whole, precision=config.save_precision, metadata=metadata)
