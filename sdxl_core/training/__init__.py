@@ -11,7 +11,8 @@ order.py          which samples form which batch            pure
 captions.py       which text a sample has in an epoch       pure
 objective.py      noise, timesteps, loss                    pure
 randomness.py     all random numbers, by what they are for  pure
-optimizer.py      AdamW one parameter at a time; rounding.py: bf16 weights that move
+rates.py          which parameters share a learning rate; schedules.py: how it changes    pure
+optimizer.py      any optimizer, one parameter at a time; optimizer_kinds.py: which; rounding.py: bf16 weights that move
 state.py          what a run continues from
 previews.py       pictures from prompts
 """

@@ -29,12 +29,13 @@ from sdxl_core.training.batches import BatchMaker, MicroBatch
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.loss_average import LossAverage
 from sdxl_core.training.objective import NoiseDraw, add_noise, alphas_cumprod, sample_losses
-from sdxl_core.training.optimizer import SlotOptimizer, clip_factor, gradient_norm, lr_factors
+from sdxl_core.training.optimizer import SlotOptimizer, clip_factor, gradient_norm
 from sdxl_core.training.order import EpochPlan, plan_epochs
 from sdxl_core.training.parts import TrainedModels, load_trained_models, save_checkpoint
 from sdxl_core.training.previews import preview_path, preview_steps, write_previews
 from sdxl_core.training.processes import ProgressFile, StopSignal
 from sdxl_core.training.result import run_settings, write_result
+from sdxl_core.training.schedules import lr_schedule
 from sdxl_core.training.state import Snapshot, load_newest, save_snapshot
 from sdxl_core.training.training_set import TrainingSet, read_training_set
 
@@ -118,14 +119,14 @@ class Run:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             seed=config.seed,
+            arguments=config.optimizer_args,
+            rounding=config.weights_rounding,
         )
         self.average = LossAverage(plan.num_steps)
         self.start = self._restore(snapshot) if snapshot else 0
         self.denoiser: Denoiser = self.models.denoiser
         self.model = accelerator.prepare_model(self.denoiser)
-        self.lr_factor = lr_factors(
-            config.lr_scheduler, num_warmup_steps=config.lr_warmup_steps, num_training_steps=self.total
-        )
+        self.lr_factor = lr_schedule(config, total_steps=self.total)
         self.alphas = alphas_cumprod().to(accelerator.device)
         self.scaling_factor = float(component_config(self.models.preset, "vae")["scaling_factor"])
         self.batches = BatchMaker(training_set, plan, config, rank=accelerator.process_index)

@@ -14,9 +14,8 @@ from sdxl_core.lineage import lineage_metadata
 from sdxl_core.models import SdxlModels, load_models, modelspec_metadata, save_single_file
 from sdxl_core.refs import FileRef
 from sdxl_core.training.denoiser import Denoiser
-from sdxl_core.training.optimizer import ParameterGroup, parameter_group
-
-PARTS = {"unet": "unet", "text_encoder": "text_encoder1", "text_encoder_2": "text_encoder2"}  # ours: TensorBoard's
+from sdxl_core.training.optimizer import ParameterGroup
+from sdxl_core.training.rates import PARTS, freeze_blocks, learning_rates, parameter_groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +45,6 @@ class TrainedModels:
             parameter.copy_(tensors[name])
 
 
-def learning_rates(config: TrainConfig) -> dict[str, float]:
-    """Learning rate of each part of `PARTS`; 0 is frozen."""
-    rates = (config.learning_rate, config.learning_rate_te1, config.learning_rate_te2)
-    return dict(zip(PARTS, rates, strict=True))
-
-
 def load_trained_models(config: TrainConfig, *, device: torch.device) -> TrainedModels:
     """Load U-Net and text encoders: trained ones in `weights_dtype`, frozen ones in the dtype of the forward pass.
 
@@ -70,13 +63,14 @@ def load_trained_models(config: TrainConfig, *, device: torch.device) -> Trained
         modules |= {part: getattr(models, part).to(device) for part in wanted}
     for part, module in modules.items():
         module.requires_grad_(bool(rates[part])).train(bool(rates[part]))
+    freeze_blocks(modules["unet"], config, models.preset)
     _freeze_unused(modules["text_encoder"])
     if config.gradient_checkpointing:
         modules["unet"].enable_gradient_checkpointing()
         for part in ("text_encoder", "text_encoder_2"):
             if rates[part]:
                 _checkpoint_activations(modules[part])
-    groups = tuple(parameter_group(PARTS[part], modules[part], rates[part]) for part in PARTS if rates[part])
+    groups = parameter_groups(modules, config, models.preset)
     return TrainedModels(denoiser=Denoiser(**modules), groups=groups, preset=models.preset)
 
 

@@ -1,8 +1,12 @@
-"""float32 to bfloat16 by stochastic rounding: right on average, so updates below half a bf16 step are not lost.
+"""Updates below half a bf16 step are not lost: by stochastic rounding, or by keeping what rounding left over.
 
-The 16 random bits of an element are a hash of (key of the step, position of the element among all parameters): no
-generator state, the same on every device, and any slice of a tensor can be rounded alone. Measured in
-tests/training/test_stochastic_rounding.py.
+Stochastic rounding is right on average and needs no memory. The 16 random bits of an element are a hash of (key of the
+step, position of the element among all parameters): no generator state, the same on every device, and any slice of a
+tensor can be rounded alone. Measured in tests/training/test_stochastic_rounding.py.
+
+Compensation (Kahan's idea) keeps the rest that rounding to nearest left, 2 bytes a weight. A bf16 rest would be rounded
+itself, and at 4e-7 stops to grow on weights near 1; here it is the difference of the bit patterns, an exact int16, so
+that weight and rest together are the float32 weight to the bit.
 """
 
 from __future__ import annotations
@@ -47,6 +51,26 @@ def round_into(target: Tensor, values: Tensor, noise: RoundingNoise, *, position
         bits &= -0x10000
         flat_target[start : start + len(random)] = chunk
         start += len(random)
+
+
+def with_rest(target: Tensor, rest: Tensor) -> Tensor:
+    """The float32 weights that `split_into` took apart. target: bfloat16; rest: int16; same shape, contiguous."""
+    bits = target.to(torch.float32).view(torch.int32)
+    bits += rest
+    return bits.view(torch.float32)
+
+
+def split_into(target: Tensor, rest: Tensor, values: Tensor) -> None:
+    """Write float32 `values` rounded to nearest into `target` (bfloat16), what is left over into `rest` (int16).
+
+    `values` is overwritten. Source: W. Kahan, "Further remarks on reducing truncation errors", 1965, for the idea.
+    """
+    bits = values.view(torch.int32)
+    low = bits & 0xFFFF
+    low -= (low >= 0x8000).to(torch.int32) << 16
+    rest.copy_(low)
+    bits -= low
+    target.copy_(values)
 
 
 def random_16_bits(count: int, *, start: int, key: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_core.training import rounding
-from sdxl_core.training.optimizer import ParameterGroup, SlotOptimizer, clip_factor, gradient_norm, lr_factors
+from sdxl_core.training.optimizer import ParameterGroup, SlotOptimizer, clip_factor, gradient_norm
 from sdxl_core.training.rounding import RoundingNoise, random_16_bits, round_into
 
 CPU = torch.device("cpu")
@@ -150,19 +150,3 @@ def test_clipping_is_torchs_joint_norm() -> None:
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(parameters, 1.0))
     torch.testing.assert_close(ours, [p.grad for p in parameters])
     assert clip_factor(norm, max_norm=0.0) == 1 and clip_factor(norm, max_norm=1e9) == 1
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [1, 1, 1, 1]),
-        ("constant_with_warmup", [0, 0.5, 1, 1]),
-        ("linear", [0, 0.5, 1, 0.5]),
-        ("cosine", [0, 0.5, 1, 0.5]),
-    ],
-)
-def test_learning_rate_schedules_are_functions_of_the_step(
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"], expected: list[float]
-) -> None:
-    factors = lr_factors(schedule, num_warmup_steps=2, num_training_steps=4)
-    assert [factors(step) for step in range(4)] == pytest.approx(expected)
