@@ -1,6 +1,6 @@
 """The latent cache: plan, encode in shards, commit, resume, read back."""
 
-from sdxl_core.latents.npz import LatentRecord, read_npz, write_npz
+from sdxl_core.latents.formats import LatentRecord, read_per_image, write_per_image
 from sdxl_core.latents.store import LatentStore
 
-__all__ = ["LatentRecord", "LatentStore", "read_npz", "write_npz"]
+__all__ = ["LatentRecord", "LatentStore", "read_per_image", "write_per_image"]

@@ -27,8 +27,8 @@ from sdxl_core.errors import ShardError
 from sdxl_core.files import sync_files
 from sdxl_core.images.decode import BadPicture, PictureSize, decode, probe
 from sdxl_core.images.prepare import choose_bucket, fit_to_bucket
+from sdxl_core.latents.formats import LatentRecord, write_per_image
 from sdxl_core.latents.ledger import Group, LatentRow, ShardLedger
-from sdxl_core.latents.npz import LatentRecord, write_npz
 from sdxl_core.latents.plan import ledger_path
 from sdxl_core.latents.vae import Encoder
 from sdxl_core.progress import Progress, no_progress
@@ -265,7 +265,7 @@ def _write(picture: Picture, latents: NDArray[np.float32], folder: Path) -> Late
         crop_ltrb=crop_ltrb(bucket, width_px=width_px, height_px=height_px),
     )
     path = folder / picture.file
-    write_npz(path, record, sync=False)
+    write_per_image(path, record)
     status = path.stat()
     return LatentRow(
         key=picture.key,

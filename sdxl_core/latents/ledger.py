@@ -15,7 +15,7 @@ import orjson
 
 from sdxl_core.errors import ShardError
 from sdxl_core.files import disk_errors, sync_folder, write_atomic
-from sdxl_core.latents.npz import read_npz
+from sdxl_core.latents.formats import read_per_image
 
 LEDGER_FOLDER = ".ledger"
 
@@ -43,7 +43,7 @@ class LatentRow:
     def holds_what_was_written(self, latents: Path) -> bool:
         """Whether the file's latents have the recorded checksum; reads the file."""
         try:
-            return read_npz(latents / self.file).crc32() == self.crc32
+            return read_per_image(latents / self.file).crc32() == self.crc32
         except ShardError:
             return False
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import SdxlFlowsError
 from sdxl_core.images.decode import BadPicture, decode
+from sdxl_core.latents.formats import read_per_image
 from sdxl_core.latents.ledger import LEDGER_FOLDER, LatentRow, ShardLedger
-from sdxl_core.latents.npz import read_npz
 from sdxl_core.refs import LatentSetRef
 
 BAR_WIDTH = 40
@@ -71,7 +71,7 @@ def _cell(config: CacheLatentsConfig, row: LatentRow) -> Image.Image | None:
     """One picture, its latents and its key; None where either is gone."""
     picture = _picture(config, row)
     try:
-        latents = false_colour(read_npz(config.out / "latents" / row.file).latents)
+        latents = false_colour(read_per_image(config.out / "latents" / row.file).latents)
     except SdxlFlowsError:
         return None
     if picture is None:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from sdxl_core.errors import ShardError
+from sdxl_core.latents.formats import LatentRecord, read_per_image
 from sdxl_core.latents.ledger import LEDGER_FOLDER, LatentRow, ShardLedger
-from sdxl_core.latents.npz import LatentRecord, read_npz
 
 
 class LatentStore:
@@ -46,7 +46,7 @@ class LatentStore:
 
         Raises: ShardError: missing, torn, or other content than was committed.
         """
-        record = read_npz(self.path(key))
+        record = read_per_image(self.path(key))
         row = self._rows.get(key)
         if row is not None and record.crc32() != row.crc32:
             raise ShardError(

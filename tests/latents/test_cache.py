@@ -22,7 +22,7 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import ConfigError, DataError, LockedError, ShardError
 from sdxl_core.images.decode import decode
 from sdxl_core.images.prepare import fit_to_bucket
-from sdxl_core.latents import LatentStore, read_npz
+from sdxl_core.latents import LatentStore, read_per_image
 from sdxl_core.latents.cache import cache_latents, plan_latents
 from sdxl_core.latents.vae import Encoder, posterior_noise
 from sdxl_core.lock import output_lock
@@ -64,7 +64,7 @@ def test_latents_are_the_vaes_posterior_sample_of_the_fitted_pixels(make_job: An
         posterior = DiagonalGaussianDistribution(moments)
         noise = posterior_noise(hashlib.sha256(data).digest(), config.seed, *posterior.mean.shape[2:])
         expected = posterior.mean + posterior.std * noise
-        record = read_npz(config.out / "latents" / f"{name.rpartition('.')[0]}.npz")
+        record = read_per_image(config.out / "latents" / f"{name.rpartition('.')[0]}.npz")
         torch.testing.assert_close(torch.from_numpy(record.latents), expected[0], rtol=1e-4, atol=1e-4)
         assert record.latents.shape == (4, choice.bucket.height_px // 8, choice.bucket.width_px // 8)
         assert (record.original_width_px, record.original_height_px) == (image.shape[1], image.shape[0])
@@ -76,7 +76,7 @@ def test_meta_lat_json_is_what_sd_scripts_writes(make_job: Any) -> None:
     metadata = json.loads(config.metadata.read_text())
     del metadata["bad"]
     for key, entry in metadata.items():
-        height, width = read_npz(config.out / "latents" / f"{key}.npz").latents.shape[1:]
+        height, width = read_per_image(config.out / "latents" / f"{key}.npz").latents.shape[1:]
         entry["train_resolution"] = (width * 8, height * 8)
     assert (config.out / "meta_lat.json").read_text() == json.dumps(metadata, indent=2)
     assert (ref.num_kept, ref.num_rejected, ref.num_seen, sum(ref.buckets.values())) == (4, 1, 5, 4)
@@ -303,7 +303,7 @@ def test_training_never_sees_latents_that_were_not_committed(make_job: Any) -> N
     config = make_job(collection(3))
     cache_latents(config)
     store = LatentStore(config.out / "latents")
-    other = read_npz(config.out / "latents" / "001.npz")
+    other = read_per_image(config.out / "latents" / "001.npz")
     np.savez(
         config.out / "latents" / "000.npz",
         latents=other.latents + 1, original_size=np.array([1, 1]), crop_ltrb=np.zeros(4),

@@ -1,4 +1,4 @@
-"""The .npz of one picture, and the lock of one output folder."""
+"""The lock of one output folder."""
 
 import os
 import signal
@@ -8,77 +8,12 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sdxl_core import lock
-from sdxl_core.errors import LockedError, ShardError
-from sdxl_core.latents import LatentRecord, read_npz, write_npz
+from sdxl_core.errors import LockedError
 from sdxl_core.lock import LOCK_NAME, output_lock
-
-
-def record(seed: int = 0, height: int = 8, width: int = 6) -> LatentRecord:
-    latents = np.random.default_rng(seed).normal(size=(4, height, width)).astype(np.float32)
-    return LatentRecord(
-        latents=latents, original_width_px=832, original_height_px=1216, crop_ltrb=(1.0, 0.0, 701.6315789473684, 1024.0)
-    )
-
-
-def test_the_file_is_byte_for_byte_what_numpy_saves(tmp_path: Path) -> None:
-    ours, item = tmp_path / "ours.npz", record()
-    write_npz(ours, item)
-    np.savez(
-        tmp_path / "numpy.npz",
-        latents=item.latents,
-        original_size=np.array([832, 1216]),
-        crop_ltrb=np.array([1.0, 0.0, 701.6315789473684, 1024.0]),
-    )
-    assert ours.read_bytes() == (tmp_path / "numpy.npz").read_bytes()
-    with np.load(ours) as plain:
-        assert plain["latents"].dtype == np.float32 and plain["original_size"].dtype == np.int64
-        assert np.array_equal(plain["latents"], item.latents)
-
-
-def test_size_is_what_sd_scripts_writes(tmp_path: Path) -> None:
-    write_npz(tmp_path / "a.npz", record(height=40, width=24))
-    assert (tmp_path / "a.npz").stat().st_size == 16 * 40 * 24 + 824
-
-
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
-    write_npz(tmp_path / "a.npz", record())
-    again = read_npz(tmp_path / "a.npz")
-    assert np.array_equal(again.latents, record().latents) and again.crop_ltrb == record().crop_ltrb
-    assert (again.original_width_px, again.original_height_px) == (832, 1216)
-
-
-@settings(max_examples=60, deadline=None)
-@given(share=st.floats(0, 0.999))
-def test_a_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
-    path = tmp_path_factory.mktemp("cut") / "a.npz"
-    write_npz(path, record(), sync=False)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ShardError, match=r"a\.npz"):
-        read_npz(path)
-
-
-def test_a_flipped_byte_among_the_latents_is_found(tmp_path: Path) -> None:
-    write_npz(tmp_path / "a.npz", record())
-    data = bytearray((tmp_path / "a.npz").read_bytes())
-    data[300] ^= 1
-    (tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(ShardError, match="not a whole latent file"):
-        read_npz(tmp_path / "a.npz")
-
-
-def test_pickles_are_never_loaded(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", latents=np.array([{}], dtype=object), original_size=[1, 1], crop_ltrb=[0, 0, 0, 0])
-    with pytest.raises(ShardError):
-        read_npz(tmp_path / "a.npz")
-
 
 HOLD = (
     "import sys, time\nfrom pathlib import Path\nfrom sdxl_core.lock import output_lock\n"

@@ -1,0 +1,122 @@
+"""Zip files of stored `.npy` members, byte for byte as np.savez lays them out, planned before a byte is written.
+
+Everything but checksums follows from the members' names, dtypes and shapes, so a file of known shape is written with
+one call and read with one, and what a file must hold besides its arrays can be compared instead of parsed.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+
+from sdxl_core.latents.formats.checksum import crc32
+
+CENTRAL = struct.Struct("<4sBBHHHHHLLLHHHHHLL")
+END = struct.Struct("<4sHHHHLLH")
+ZIP64 = struct.Struct("<HHQQ")
+LOCAL_FIXED = struct.Struct("<4sHHHHHLLLHH")
+DATE = 0x21  # 1980-01-01, what np.savez gives every member
+VERSION, UNIX, MODE = 45, 3, 0o600 << 16
+NPY_HEADER_BYTES = 128
+MAX_BYTES = 2**31  # beyond, zip needs other records; no packed file is meant to be that large
+
+Spec = tuple[str, str, tuple[int, ...]]  # name, dtype as "<f4", shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One array of a file.
+
+    head_start, start, stop: offsets of its local header, of its payload and of the payload's end.
+    npy_header, npy_crc32: numpy's header of the array and its checksum.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    head_start: int
+    start: int
+    stop: int
+    npy_header: bytes
+    npy_crc32: int
+
+    def head(self, checksum: int) -> bytes:
+        """Local header and numpy's header. `checksum`: over numpy's header and the payload."""
+        name = f"{self.name}.npy".encode()
+        num_bytes = len(self.npy_header) + self.stop - self.start
+        fixed = LOCAL_FIXED.pack(
+            b"PK\3\4", VERSION, 0, 0, 0, DATE, checksum, 0xFFFFFFFF, 0xFFFFFFFF, len(name), ZIP64.size
+        )
+        return fixed + name + ZIP64.pack(1, 16, num_bytes, num_bytes) + self.npy_header
+
+    def central(self, checksum: int) -> bytes:
+        name = f"{self.name}.npy".encode()
+        num_bytes = len(self.npy_header) + self.stop - self.start
+        return (
+            CENTRAL.pack(
+                b"PK\1\2", VERSION, UNIX, VERSION, 0, 0, 0, DATE, checksum, num_bytes, num_bytes, len(name),
+                0, 0, 0, 0, MODE, self.head_start,
+            )
+            + name
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZipLayout:
+    """Where everything of a file lies. `tail_start`: of the central directory."""
+
+    members: tuple[Member, ...]
+    tail_start: int
+    num_bytes: int
+
+    def tail(self, checksums: Sequence[int]) -> bytes:
+        """Central directory and end record."""
+        entries = b"".join([member.central(checksum) for member, checksum in zip(self.members, checksums, strict=True)])
+        count = len(self.members)
+        return entries + END.pack(b"PK\5\6", 0, 0, count, count, len(entries), self.tail_start, 0)
+
+
+@lru_cache(maxsize=1024)
+def zip_layout(specs: tuple[Spec, ...]) -> ZipLayout:
+    """The layout of a file with these members, kept for the next file like it."""
+    return plan_layout(specs)
+
+
+def plan_layout(specs: Sequence[Spec]) -> ZipLayout:
+    """The layout of a file with these members. Raises: ValueError: larger than a file may be."""
+    members: list[Member] = []
+    offset = tail = 0
+    for name, dtype, shape in specs:
+        npy_header = _npy_header(dtype, shape)
+        start = offset + LOCAL_FIXED.size + len(name) + 4 + ZIP64.size + len(npy_header)
+        stop = start + np.dtype(dtype).itemsize * prod(shape)
+        members.append(
+            Member(
+                name=name,
+                dtype=np.dtype(dtype),
+                shape=shape,
+                head_start=offset,
+                start=start,
+                stop=stop,
+                npy_header=npy_header,
+                npy_crc32=crc32(npy_header),
+            )
+        )
+        offset, tail = stop, tail + CENTRAL.size + len(name) + 4
+    if offset + tail + END.size >= MAX_BYTES:
+        raise ValueError(f"{offset + tail + END.size} bytes are too many for one file")
+    return ZipLayout(members=tuple(members), tail_start=offset, num_bytes=offset + tail + END.size)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """As numpy writes it; long enough a shape would make it longer than NPY_HEADER_BYTES, ours never are."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
