@@ -27,13 +27,18 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
         raise DataError(f"{path}: holds a {type(data).__name__}; metadata is one object, picture key -> entry.")
     if not data:
         raise DataError(f"{path}: holds no picture.")
-    for key, entry in data.items():
+    check_entries(path, data)
+    return data
+
+
+def check_entries(path: Path, entries: dict[str, Any]) -> None:
+    """Raises: DataError: an entry is not as metadata has them; its key is named."""
+    for key, entry in entries.items():
         problem = _entry_problem(entry)
         if problem:
             raise DataError(
                 f"{path}: the entry of {key!r} {problem}. This is not a metadata file of ours or sd-scripts'."
             )
-    return data
 
 
 def _entry_problem(entry: Any) -> str:

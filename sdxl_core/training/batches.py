@@ -17,6 +17,7 @@ from sdxl_core.errors import DataError
 from sdxl_core.latents import LatentStore
 from sdxl_core.models import time_ids, tokenize
 from sdxl_core.training.captions import CaptionRules, caption_text
+from sdxl_core.training.latent_view import LatentView, view_of
 from sdxl_core.training.objective import NoiseDraw, draw_noise
 from sdxl_core.training.order import EpochPlan, Indices, batches_of_epoch, position_of_step, samples_of_rank
 from sdxl_core.training.training_set import Sample, TrainingSet
@@ -69,7 +70,7 @@ class BatchMaker:
     def keys_of(self, step: int) -> list[list[list[str]]]:
         """Sample keys of an optimizer step by [process][micro-batch][sample]: every process knows all."""
         return [
-            [[self._sample(i).key for i in self._part(batch, rank)] for batch in self.global_batches(step)]
+            [[sample.key for sample in self._samples(self._part(batch, rank))] for batch in self.global_batches(step)]
             for rank in range(self.config.num_processes)
         ]
 
@@ -94,17 +95,15 @@ class BatchMaker:
         epoch, positions = position_of_step(self.plan, step)
         batch = self._batches(epoch)[positions[number]]
         part = self._part(batch, self.rank)
-        samples = [self._sample(i) for i in (part if len(part) else batch[:1])]
+        samples = self._samples(part if len(part) else batch[:1])
         keys = tuple(sample.key for sample in samples)
-        records = [self._store.read(key) for key in keys]
-        latents = torch.stack(
-            [self._checked(torch.from_numpy(r.latents), s) for r, s in zip(records, samples, strict=True)]
-        )
+        views = [self._view(sample, epoch) for sample in samples]
+        latents = torch.stack([view.latents for view in views])
         texts = [caption_text(s.sentence, s.tags, self._rules, epoch=epoch, key=s.key) for s in samples]
         tokens = tokenize(texts, max_token_length=self.config.max_token_length)
         ids = time_ids(
-            original_size=torch.tensor([[r.original_height_px, r.original_width_px] for r in records]),
-            crop_top_left=torch.tensor([[int(r.crop_ltrb[1]), int(r.crop_ltrb[0])] for r in records]),
+            original_size=torch.tensor([[v.original_height_px, v.original_width_px] for v in views]),
+            crop_top_left=torch.tensor([[v.crop_top_px, v.crop_left_px] for v in views]),
             target_size=torch.tensor([[s.height_px, s.width_px] for s in samples]),
         )
         draw = draw_noise(
@@ -119,14 +118,15 @@ class BatchMaker:
     def _part(self, batch: Indices, rank: int) -> Indices:
         return samples_of_rank(batch, rank=rank, num_processes=self.config.num_processes)
 
-    def _sample(self, index: int) -> Sample:
-        return self.training_set.samples[index]
+    def _samples(self, numbers: Indices) -> list[Sample]:
+        return self.training_set.take(numbers)
 
-    def _checked(self, latents: Tensor, sample: Sample) -> Tensor:
-        expected = (4, sample.height_px // 8, sample.width_px // 8)
-        if tuple(latents.shape) != expected:
+    def _view(self, sample: Sample, epoch: int) -> LatentView:
+        record = self._store.read(sample.key)
+        if record.bucket != (sample.width_px, sample.height_px):
             raise DataError(
-                f"{self.config.latents}: the latents of {sample.key!r} are {tuple(latents.shape)}, but its bucket "
-                f"{sample.width_px}x{sample.height_px} needs {expected}. Run cache-latents again into another folder."
+                f"{self.config.latents}: the latents of {sample.key!r} are {record.latents.shape}, those of a picture "
+                f"of {record.bucket[0]}x{record.bucket[1]} px, but its bucket is {sample.width_px}x{sample.height_px}. "
+                f"They were made with another size or VAE: run cache-latents again into another folder."
             )
-        return latents
+        return view_of(record, key=sample.key, epoch=epoch, seed=self.config.seed, flip_aug=self.config.flip_aug)

@@ -30,7 +30,7 @@ from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.loss_average import LossAverage
 from sdxl_core.training.objective import NoiseDraw, add_noise, alphas_cumprod, sample_losses
 from sdxl_core.training.optimizer import SlotOptimizer, clip_factor, gradient_norm
-from sdxl_core.training.order import EpochPlan, plan_epochs
+from sdxl_core.training.order import EpochPlan
 from sdxl_core.training.parts import TrainedModels, load_trained_models, save_checkpoint
 from sdxl_core.training.previews import preview_path, preview_steps, write_previews
 from sdxl_core.training.processes import ProgressFile, StopSignal
@@ -61,13 +61,7 @@ def train(config: TrainConfig, *, stop: StopSignal) -> bool:
     """
     accelerator = make_accelerator(config)
     training_set = read_training_set(config)
-    plan = plan_epochs(
-        [(sample.width_px, sample.height_px) for sample in training_set.samples],
-        global_batch_size=config.train_batch_size * config.num_processes,
-        accumulation_steps=config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
-    run = Run(config, accelerator, training_set, plan)
+    run = Run(config, accelerator, training_set, training_set.plan(config))
     finished = run.to_the_end(stop)
     if finished:
         run.finish()

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from sdxl_core.config.train.captions import CaptionOptions
+from sdxl_core.config.train.data import DataOptions
 from sdxl_core.config.train.memory import MemoryOptions
 from sdxl_core.config.train.objective import ObjectiveOptions
 from sdxl_core.config.train.optimizer import OptimizerOptions
@@ -15,7 +16,14 @@ from sdxl_core.config.train.saving import PreviewOptions, SavingOptions
 
 
 class TrainOptions(  # pydantic lists the fields of the last base first: so forms and help begin with RunOptions
-    PreviewOptions, SavingOptions, CaptionOptions, ObjectiveOptions, MemoryOptions, OptimizerOptions, RunOptions
+    PreviewOptions,
+    SavingOptions,
+    CaptionOptions,
+    DataOptions,
+    ObjectiveOptions,
+    MemoryOptions,
+    OptimizerOptions,
+    RunOptions,
 ):
     """Everything the trainer can be told, except paths."""
 
