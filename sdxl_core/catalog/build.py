@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
 from sdxl_core.catalog.join import GROUPS, Joined, join_rows, keys_of, part_starts
-from sdxl_core.catalog.parts import Part, PartWriter, open_arrow, rows_path, vocab_path, write_arrow
+from sdxl_core.catalog.mapped import open_arrow, write_arrow
+from sdxl_core.catalog.parts import Part, PartWriter, rows_path, vocab_path
 from sdxl_core.catalog.records import MANIFEST, Catalog, joined_path
 from sdxl_core.catalog.schema import FORMAT, VOCABULARY
 from sdxl_core.catalog.sources import reader_of, resolved
@@ -91,6 +92,7 @@ def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
     )
     sizes = [file.stat().st_size for file in _files(path)]
     write_atomic(_result_path(path), orjson.dumps({"ref": to_json(ref), "sizes": sizes}))
+    pa.default_memory_pool().release_unused()  # or what many parts left free in pieces adds up
     return ref
 
 
@@ -167,6 +169,7 @@ def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joine
     counts = np.zeros(len(spelled), np.int64)
     for part, ids in zip(parts, maps, strict=True):
         counts[ids] += part.vocabulary["count"].to_numpy()
+        part.forget()
     if joined.pointers is not None:
         counts = _counts_of(parts, maps, joined.pointers["tags"], len(spelled))
     vocabulary = pa.RecordBatch.from_arrays(
@@ -204,6 +207,7 @@ def _unified(parts: Sequence[Part]) -> tuple[pa.Array, list[Ints]]:
         new = texts.filter(pc.is_null(pc.index_in(texts, known)))
         known = pa.concat_arrays([known, new])
         maps.append(pc.index_in(texts, known).to_numpy().astype(np.uint32))
+        part.forget()
     return known, maps
 
 
@@ -218,6 +222,7 @@ def _counts_of(
         begin, end = np.searchsorted(rows, starts[number : number + 2])
         tags = part.rows["tags"].take(pa.array(rows[begin:end] - starts[number])).flatten().to_numpy()
         counts += np.bincount(ids[tags], minlength=num_tags)
+        part.forget()
     return counts
 
 
@@ -226,15 +231,13 @@ def _missing(parts: Sequence[Part], joined: Joined) -> dict[str, int]:
     if joined.pointers is not None:
         return {group: int((joined.pointers[group] < 0).sum()) for group in GROUPS}
     shown_by = {**GROUPS, "image": ("image",), "tags": ("tags",)}
-    return {
-        group: int(
-            sum(
-                np.logical_and.reduce([np.asarray(part.rows[column].is_null()) for column in columns]).sum()
-                for part in parts
-            )
-        )
-        for group, columns in shown_by.items()
-    }
+    missing = dict.fromkeys(shown_by, 0)
+    for part in parts:
+        for group, columns in shown_by.items():
+            absent = [np.asarray(part.rows[column].is_null()) for column in columns]
+            missing[group] += int(np.logical_and.reduce(absent).sum())
+        part.forget()
+    return missing
 
 
 def _rejections(

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdxl_core.catalog.mapped import Mapped, map_arrow, write_arrow
 from sdxl_core.catalog.schema import COLUMNS_OF_USE, ROWS, TAGS, VOCABULARY
-from sdxl_core.errors import DataError
-from sdxl_core.files import atomic_writer
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 _HASH_STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -125,15 +124,29 @@ class Part:
 
     path: Path
 
-    @cached_property
+    @property
     def rows(self) -> pa.RecordBatch:
         """All rows, `schema.ROWS`. Raises: DataError: the file is gone or damaged."""
-        return open_arrow(rows_path(self.path))
+        return self._rows.batch
 
-    @cached_property
+    @property
     def vocabulary(self) -> pa.RecordBatch:
         """The part's tags, `schema.VOCABULARY`; `rows.tags` are positions in it. Raises: as `rows`."""
-        return open_arrow(vocab_path(self.path))
+        return self._vocabulary.batch
+
+    def forget(self) -> None:
+        """Give back the pages that were read, see `Mapped.forget`."""
+        for name in ("_rows", "_vocabulary"):
+            if name in self.__dict__:  # it was opened
+                self.__dict__[name].forget()
+
+    @cached_property
+    def _rows(self) -> Mapped:
+        return map_arrow(rows_path(self.path))
+
+    @cached_property
+    def _vocabulary(self) -> Mapped:
+        return map_arrow(vocab_path(self.path))
 
 
 def rows_path(path: Path) -> Path:
@@ -142,23 +155,6 @@ def rows_path(path: Path) -> Path:
 
 def vocab_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.vocab.arrow")
-
-
-def write_arrow(path: Path, batch: pa.RecordBatch) -> None:
-    """Write an Arrow IPC file of one record batch, whole or not at all."""
-    with atomic_writer(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-
-
-def open_arrow(path: Path) -> pa.RecordBatch:
-    """Memory-map an Arrow IPC file of one record batch. Raises: DataError: it is not there, or not whole."""
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{path}: this part of the catalog is missing or damaged ({error}). Build the catalog again: "
-            f"`sdxl-flows catalog` with the same arguments redoes what is missing."
-        ) from error
 
 
 def key_hashes(keys: pa.StringArray) -> pa.UInt64Array:

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.join import GROUPS, gather, part_starts
-from sdxl_core.catalog.parts import Part, open_arrow
+from sdxl_core.catalog.mapped import Mapped, map_arrow
+from sdxl_core.catalog.parts import Part
 from sdxl_core.catalog.schema import FORMAT, TAGS
 from sdxl_core.errors import ConfigError, DataError
 
@@ -83,7 +84,7 @@ class Catalog:
     @cached_property
     def vocabulary(self) -> pa.RecordBatch:
         """All tags, `schema.VOCABULARY`; the row number is the tag's id. `count`: records that have it."""
-        return open_arrow(joined_path(self.path, self.joined, "vocabulary"))
+        return map_arrow(joined_path(self.path, self.joined, "vocabulary")).batch
 
     def chunks(self, columns: Sequence[str], *, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         """Records [start, stop) in order, at most CHUNK_RECORDS at a time.
@@ -95,10 +96,21 @@ class Catalog:
         while start < stop:
             end = min(stop, start + CHUNK_RECORDS)
             if not self.has_pointers:  # a chunk within one part is a view of the file
-                part = int(np.searchsorted(self._starts, start, "right"))
-                end = min(end, int(self._starts[part]))
+                part = int(np.searchsorted(self._starts, start, "right")) - 1
+                end = min(end, int(self._starts[part + 1]))
             yield Chunk(start, self.take(np.arange(start, end), columns))
+            if self.has_pointers:
+                self.forget()
+            else:
+                self.parts[part].forget()
             start = end
+
+    def forget(self) -> None:
+        """Give back the pages read so far: whoever passes over many records with `take` calls it now and then."""
+        for part in self.parts:
+            part.forget()
+        for mapped in self._joined.values():
+            mapped.forget()
 
     def take(self, records: Ints, columns: Sequence[str]) -> pa.RecordBatch:
         """The columns of the given records, in the order given."""
@@ -122,7 +134,7 @@ class Catalog:
     def _rows(self, group: str, records: Ints) -> Ints:
         if not self.has_pointers:
             return records
-        rows: Ints = self._pointers[group].to_numpy()[records].astype(np.int64)
+        rows: Ints = self._joined["pointers"].batch[group].to_numpy()[records].astype(np.int64)
         return rows
 
     def _values(self, rows: Ints, name: str) -> pa.Array:
@@ -155,13 +167,14 @@ class Catalog:
         return part_starts(self.parts)
 
     @cached_property
-    def _pointers(self) -> pa.RecordBatch:
-        return open_arrow(joined_path(self.path, self.joined, "pointers"))
+    def _joined(self) -> dict[str, Mapped]:
+        names = ("tag_map", "pointers") if self.has_pointers else ("tag_map",)
+        return {name: map_arrow(joined_path(self.path, self.joined, name)) for name in names}
 
     @cached_property
     def _tag_maps(self) -> list[Ints]:
         """For each part: global id of each of its tags (uint32)."""
-        lists = open_arrow(joined_path(self.path, self.joined, "tag_map"))["ids"]
+        lists = self._joined["tag_map"].batch["ids"]
         return [lists[number].values.to_numpy() for number in range(len(lists))]
 
 

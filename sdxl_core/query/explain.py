@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.query.expressions import And, Everything, Expression, Not, Or, Query, Tag, Wildcard
 from sdxl_core.query.index import Index
 from sdxl_core.query.names import TagNames
-from sdxl_core.query.select import Conditions, Mask, evaluate, scan
+from sdxl_core.query.select import Conditions, Ints, evaluate, scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def _counts(catalog: Catalog, expressions: list[Expression], index: Index | None
     return counts
 
 
-def _count(expressions: list[Expression], place: int, conditions: Conditions, counts: list[int]) -> tuple[Mask, int]:
+def _count(expressions: list[Expression], place: int, conditions: Conditions, counts: list[int]) -> tuple[Ints, int]:
     """Add to the counts of the expression at `place` and of all its parts, each looked at once.
 
     Returns: its mask, and the place behind its parts.
@@ -88,7 +86,7 @@ def _count(expressions: list[Expression], place: int, conditions: Conditions, co
             mask = mask & other if isinstance(expression, And) else mask | other
     else:
         mask = evaluate(expression, conditions)
-    counts[place] += int(np.count_nonzero(mask))
+    counts[place] += conditions.count(mask)
     return mask, following
 
 

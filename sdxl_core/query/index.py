@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdxl_core.catalog.parts import open_arrow, write_arrow
+from sdxl_core.catalog.mapped import open_arrow, write_arrow
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.errors import DataError
 from sdxl_core.files import disk_errors, sync_files, sync_folder, write_atomic
@@ -31,11 +31,21 @@ from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.query.expressions import Expression, FileType, Has, Query, Range, Rating, Source, Tag, Values, Wildcard
 from sdxl_core.query.names import TagNames
-from sdxl_core.query.select import Ints, Mask, Selection, evaluate, has_prefix, is_any, narrowed, numbers_meet
+from sdxl_core.query.select import (
+    Ints,
+    Mask,
+    Selection,
+    evaluate,
+    has_prefix,
+    is_any,
+    narrowed,
+    numbers_meet,
+    stored_columns,
+)
 
 FORMAT = 2
 FREQUENT = 32  # one record in this many: from there on a bitmap is smaller than a list of uint32
-BLOCK = 1 << 15  # records, or entries of lists, that are worked on at a time
+BLOCK = 1 << 17  # records, or entries of lists, that are worked on at a time
 LONG = 64  # entries from which on a list is worth a step of its own
 NUMBERS = {
     "id": np.int64,
@@ -51,18 +61,22 @@ PRESENT = ("tags", "caption", "image")
 
 
 class Index:
-    """An index on disk, opened. `Conditions` for `evaluate`."""
+    """An index on disk, opened. `Conditions` for `evaluate`: masks are packed, eight records a byte (np.packbits)."""
 
     def __init__(self, catalog: Catalog, folder: Path) -> None:
         self.num_records = catalog.num_records
+        self._num_bytes = (catalog.num_records + 7) // 8
         self._catalog, self._folder = catalog, folder
 
     def select(self, query: Query) -> Selection:
         """The records that a query picks."""
-        records = np.flatnonzero(evaluate(query.where, self))
+        records = self._records(evaluate(query.where, self))
         return narrowed(query, records, lambda some: self._file("key_hash")[some])
 
-    def meet(self, condition: Expression) -> Mask:
+    def everything(self) -> Ints:
+        return np.full(self._num_bytes, 255, np.uint8)
+
+    def meet(self, condition: Expression) -> Ints:
         """Which records meet a condition."""
         if condition == Wildcard("*"):  # every tag's list would be the slowest way
             return self._of_numbers(Range("tagcount", 1, None))
@@ -71,16 +85,21 @@ class Index:
         if isinstance(condition, Range | Values):
             return self._of_numbers(condition)
         if isinstance(condition, Rating):
-            return is_any(self._file("rating"), condition.codes)
+            return self._in_blocks(lambda window: is_any(self._file("rating")[window], condition.codes))
         if isinstance(condition, Has):
-            return self._bits(self._file(f"has_{condition.what}"))
+            return self._file(f"has_{condition.what}")
         if isinstance(condition, FileType):
             codes = [code for code, ending in enumerate(self._endings) if ending in condition.endings]
-            return is_any(self._file("ending"), codes)
+            return self._in_blocks(lambda window: is_any(self._file("ending")[window], codes))
         if isinstance(condition, Source):  # keys are not indexed
             chunks = self._catalog.chunks(["key"])
-            return np.concatenate([has_prefix(chunk.table["key"], condition.prefixes) for chunk in chunks])
+            return np.packbits(np.concatenate([has_prefix(chunk.table["key"], condition.prefixes) for chunk in chunks]))
         raise TypeError(condition)
+
+    def count(self, mask: Ints) -> int:
+        behind = (-self.num_records) % 8
+        count = int(np.bitwise_count(mask).sum(dtype=np.int64))
+        return count - (int(mask[-1]) & ((1 << behind) - 1)).bit_count() if behind else count
 
     @cached_property
     def names(self) -> TagNames:
@@ -88,12 +107,28 @@ class Index:
         stored = open_arrow(self._folder / "names.arrow")["name"]
         return TagNames(stored, self._file("name_starts"), self._file("name_ids"), self._file("name_counts"))
 
-    def _with_any(self, ids: Ints) -> Mask:
-        mask = np.zeros(self.num_records, bool)
+    def _records(self, mask: Ints) -> Ints:
+        """The numbers of a mask's records, ascending (int64)."""
+        records, done = np.empty(self.count(mask), np.int64), 0
+        for start in range(0, self.num_records, BLOCK):
+            stop = min(start + BLOCK, self.num_records)
+            found = np.flatnonzero(np.unpackbits(mask[start // 8 : (stop + 7) // 8], count=stop - start).view(bool))
+            np.add(found, start, out=records[done : done + len(found)])
+            done += len(found)
+        return records
+
+    def _with_any(self, ids: Ints) -> Ints:
         rows = self._file("bitmap_rows")[ids]
+        mask = self._listed(ids[rows < 0])
         for row in rows[rows >= 0].tolist():
-            mask |= self._bits(self._file("bitmaps")[row])
-        ids = ids[rows < 0]
+            mask |= self._file("bitmaps")[row]
+        return mask
+
+    def _listed(self, ids: Ints) -> Ints:
+        """Records that have one of some tags that have lists; unpacked meanwhile, a byte a record."""
+        if not len(ids):
+            return np.zeros(self._num_bytes, np.uint8)
+        mask = np.zeros(self.num_records, bool)
         begin, end = self._file("starts")[ids], self._file("starts")[ids + 1]
         is_long = end - begin >= LONG
         postings = self._file("postings")
@@ -105,23 +140,22 @@ class Index:
             behind = np.cumsum(lengths[window])
             places = np.arange(behind[-1]) + np.repeat(begin[window] - behind + lengths[window], lengths[window])
             mask[postings[places]] = True
+        return np.packbits(mask)
+
+    def _of_numbers(self, condition: Range | Values) -> Ints:
+        """Records whose numbers meet a condition."""
+        mask = self._in_blocks(lambda window: numbers_meet(condition, lambda column: self._file(column)[window]))
+        for column in stored_columns(condition):
+            mask &= self._file(f"known_{column}")
         return mask
 
-    def _of_numbers(self, condition: Range | Values) -> Mask:
-        """Records whose numbers meet a condition; in blocks, so that only masks grow with the records."""
-        mask = np.zeros(self.num_records, bool)
+    def _in_blocks(self, met: Callable[[slice], Mask]) -> Ints:
+        """The mask of truth values that are made for a block of records at a time, so that they stay in the caches."""
+        mask = np.empty(self._num_bytes, np.uint8)
         for start in range(0, self.num_records, BLOCK):
             stop = min(start + BLOCK, self.num_records)
-            mask[start:stop] = numbers_meet(condition, partial(self._numbers, start=start, stop=stop))
+            mask[start // 8 : (stop + 7) // 8] = np.packbits(met(slice(start, stop)))
         return mask
-
-    def _bits(self, packed: Ints) -> Mask:
-        return np.unpackbits(packed, count=self.num_records).view(bool)
-
-    def _numbers(self, column: str, *, start: int, stop: int) -> tuple[Ints, Mask]:
-        """Args:   start: a multiple of 8."""
-        packed = self._file(f"known_{column}")[start // 8 : (stop + 7) // 8]
-        return self._file(column)[start:stop], np.unpackbits(packed, count=stop - start).view(bool)
 
     def _file(self, name: str) -> Ints:
         if name not in self._open:

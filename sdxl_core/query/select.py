@@ -35,11 +35,16 @@ DECIMALS = 2  # ratio:1.78 and mpixels:2.5 mean numbers that round to these
 
 
 class Conditions(Protocol):
-    """Records, and which of them meet a single condition."""
+    """Records, and which of them meet a single condition: as truth values, or packed, eight records a byte.
 
-    num_records: int
+    Masks of one `Conditions` are joined by &, | and ~ and counted by `count`; bits behind the last record are anything.
+    """
 
-    def meet(self, condition: Expression) -> Mask: ...
+    def everything(self) -> Ints: ...
+
+    def meet(self, condition: Expression) -> Ints: ...
+
+    def count(self, mask: Ints) -> int: ...
 
 
 class Selection(NamedTuple):
@@ -49,14 +54,14 @@ class Selection(NamedTuple):
     num_matched: int
 
 
-def evaluate(expression: Expression, conditions: Conditions) -> Mask:
-    """Which records an expression is true for."""
+def evaluate(expression: Expression, conditions: Conditions) -> Ints:
+    """Which records an expression is true for, as a mask of `conditions`."""
     if isinstance(expression, Everything):
-        return np.ones(conditions.num_records, bool)
+        return conditions.everything()
     if isinstance(expression, Not):
         return ~evaluate(expression.part, conditions)
     if isinstance(expression, And | Or):
-        merge = np.logical_and if isinstance(expression, And) else np.logical_or
+        merge = np.bitwise_and if isinstance(expression, And) else np.bitwise_or
         mask = evaluate(expression.parts[0], conditions)
         for number, part in enumerate(expression.parts[1:]):
             mask = merge(mask, evaluate(part, conditions), out=mask if number else None)
@@ -130,12 +135,17 @@ class _TagCodes(NamedTuple):
 
 
 class ScannedConditions:
-    """The conditions on one chunk of records."""
+    """The conditions on one chunk of records; masks are truth values, one a record."""
 
     def __init__(self, table: pa.RecordBatch, codes: _TagCodes) -> None:
-        self.num_records = table.num_rows
         self._table, self._codes = table, codes
         self._met = codes.met_by(table["tags"]) if codes.terms else None
+
+    def everything(self) -> Mask:
+        return np.ones(self._table.num_rows, bool)
+
+    def count(self, mask: Ints) -> int:
+        return int(np.count_nonzero(mask))
 
     def meet(self, condition: Expression) -> Mask:
         if isinstance(condition, Tag | Wildcard):
@@ -145,9 +155,12 @@ class ScannedConditions:
             mask: Mask = (self._met[number // width] >> self._met.dtype.type(number % width)) & 1 == 1
             return mask
         if isinstance(condition, Range | Values):
-            return numbers_meet(condition, lambda column: as_numbers(self._column(column)))
+            mask = numbers_meet(condition, self._numbers)
+            for column in stored_columns(condition):
+                mask &= np.asarray(self._column(column).is_valid())
+            return mask
         if isinstance(condition, Rating):
-            return is_any(as_numbers(self._column("rating"))[0], condition.codes)
+            return is_any(self._numbers("rating"), condition.codes)
         if isinstance(condition, FileType):
             return has_ending(self._table["image"], condition.endings)
         if isinstance(condition, Source):
@@ -155,6 +168,10 @@ class ScannedConditions:
         if isinstance(condition, Has):
             return np.asarray(self._table[condition.what].is_valid())
         raise TypeError(condition)
+
+    def _numbers(self, name: str) -> Ints:
+        numbers: Ints = pc.fill_null(self._column(name), 0).to_numpy(zero_copy_only=False)
+        return numbers
 
     def _column(self, name: str) -> pa.Array:
         if name == "tagcount":
@@ -176,8 +193,7 @@ def _columns_of(condition: Expression) -> tuple[str, ...]:
     if isinstance(condition, Tag | Wildcard):
         return ("tags",)
     if isinstance(condition, Range | Values):
-        stored = _COLUMNS.get(condition.number, (condition.number,))
-        return tuple("tags" if name == "tagcount" else name for name in stored)
+        return tuple("tags" if name == "tagcount" else name for name in stored_columns(condition))
     if isinstance(condition, Rating):
         return ("rating",)
     if isinstance(condition, FileType):
@@ -185,39 +201,41 @@ def _columns_of(condition: Expression) -> tuple[str, ...]:
     return (condition.what,) if isinstance(condition, Has) else ()
 
 
-def numbers_meet(condition: Range | Values, column: Callable[[str], tuple[Ints, Mask]]) -> Mask:
-    """Whether each record's number is asked for. `column`: values of a stored column, and which are known."""
-    numbers, known = _number(condition.number, column)
+def stored_columns(condition: Range | Values) -> tuple[str, ...]:
+    """The columns that a number is made of; it is unknown where one of them is."""
+    return _COLUMNS.get(condition.number, (condition.number,))
+
+
+def numbers_meet(condition: Range | Values, column: Callable[[str], Ints]) -> Mask:
+    """Whether each record's number is asked for; anything where one of its stored columns is unknown.
+
+    Args:   column: the values of a stored column, 0 where unknown.
+    """
+    numbers = _number(condition.number, column)
     rounded = condition.number in ("ratio", "mpixels")
     if isinstance(condition, Values):
         wanted = np.asarray(condition.values)
         if rounded:
             numbers, wanted = np.round(numbers, DECIMALS), np.round(wanted, DECIMALS)
-        return known & is_any(numbers, wanted.tolist())
+        return is_any(numbers, wanted.tolist())
     low, high = condition.low, condition.high
     if rounded and low is not None and low == high:
-        return known & is_any(np.round(numbers, DECIMALS), [round(low, DECIMALS)])
-    mask: Mask = known
+        return is_any(np.round(numbers, DECIMALS), [round(low, DECIMALS)])
+    sides: list[Mask] = []
     if low is not None:
-        mask = mask & (numbers >= low if condition.low_included else numbers > low)
+        sides.append(numbers >= low if condition.low_included else numbers > low)
     if high is not None:
-        mask = mask & (numbers <= high if condition.high_included else numbers < high)
-    return mask
+        sides.append(numbers <= high if condition.high_included else numbers < high)
+    return sides[0] & sides[1] if len(sides) > 1 else sides[0]
 
 
-def _number(name: str, column: Callable[[str], tuple[Ints, Mask]]) -> tuple[Ints, Mask]:
+def _number(name: str, column: Callable[[str], Ints]) -> Ints:
+    """NaN, which is in no range, for a shape without height."""
     if name not in ("mpixels", "ratio"):
         return column(_COLUMNS.get(name, (name,))[0])
-    (width, width_known), (height, height_known) = column("width"), column("height")
-    known = width_known & height_known & (height > 0)
-    if name == "mpixels":
-        return width.astype(np.float64) * height / 1e6, known
-    return width / np.where(known, height, 1), known
-
-
-def as_numbers(column: pa.Array) -> tuple[Ints, Mask]:
-    """A column's values, 0 where null, and where it is not null."""
-    return pc.fill_null(column, 0).to_numpy(zero_copy_only=False), np.asarray(column.is_valid())
+    width, height = column("width"), column("height").astype(np.float64)
+    height[height <= 0] = np.nan
+    return width * height / 1e6 if name == "mpixels" else width / height
 
 
 def is_any(numbers: Ints, values: Sequence[float]) -> Mask:
