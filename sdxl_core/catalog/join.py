@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -119,15 +120,12 @@ def _joined(order: Ints, group_starts: Ints, source_of: Ints, flags: dict[str, n
 def _flags(parts: Sequence[Part]) -> dict[str, np.ndarray[Any, Any]]:
     """Which rows have something of each group."""
     shown_by = {**GROUPS, "image": ("image",), "tags": ("tags",)}
-    return {
-        group: _of_all(parts, lambda part, columns=columns: _any_valid(part.rows, columns), bool)
-        for group, columns in shown_by.items()
-    }
+    return {group: _of_all(parts, partial(_any_valid, columns=columns), bool) for group, columns in shown_by.items()}
 
 
-def _any_valid(rows: pa.RecordBatch, columns: Sequence[str]) -> np.ndarray[Any, Any]:
+def _any_valid(part: Part, columns: Sequence[str]) -> np.ndarray[Any, Any]:
     valid: np.ndarray[Any, Any] = np.logical_or.reduce(
-        [pc.is_valid(rows[column]).to_numpy(zero_copy_only=False) for column in columns]
+        [pc.is_valid(part.rows[column]).to_numpy(zero_copy_only=False) for column in columns]
     )
     return valid
 
