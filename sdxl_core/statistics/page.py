@@ -113,10 +113,16 @@ def _pictures(statistics: CatalogStatistics) -> str:
             f"<h2>Aspect ratios</h2>{bar_chart(statistics.aspects, total=total)}"
             '<p class="note">width : height, each picture with the nearest of these</p>',
             f"<h2>Megapixels</h2>{bar_chart(statistics.megapixels, total=total)}",
-            f"<h2>Sizes</h2>{bar_chart(statistics.sizes, total=total)}"
-            f'<p class="note">width x height in pixels, the most frequent of {statistics.num_sizes:,}</p>',
+            f"<h2>Sizes</h2>{_sizes(statistics)}",
         ]
     return "".join(parts)
+
+
+def _sizes(statistics: CatalogStatistics) -> str:
+    if max(statistics.sizes.values()) == 1:
+        return f'<p class="note">{statistics.num_sizes:,} different sizes, none of them twice</p>'
+    note = f'<p class="note">width x height in pixels, the most frequent of {statistics.num_sizes:,}</p>'
+    return bar_chart(statistics.sizes, total=statistics.num_records) + note
 
 
 def _folded(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

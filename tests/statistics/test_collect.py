@@ -162,3 +162,10 @@ def test_the_page_needs_nothing_beside_it_and_shows_odd_tags_as_text(tmp_path: P
     assert "# Statistics of 1 of 1 pictures that match '\\<b>'" in tables
     columns = {line.replace("\\|", "").count("|") for line in tables.splitlines() if "c | 1 |" in line}
     assert columns == {4}
+
+
+def test_sizes_that_all_differ_are_counted_not_drawn(tmp_path: Path) -> None:
+    rows = [{"key": str(n), "image": "1.png", "width": 600 + n, "height": 800} for n in range(3)]
+    write_page(collect_statistics(catalog_of(tmp_path, [rows])), tmp_path / "statistics.html")
+    page = (tmp_path / "statistics.html").read_text()
+    assert "3 different sizes, none of them twice" in page and "600 x 800" not in page
