@@ -9,7 +9,7 @@ parts.py          what trains at which rate, and back to a checkpoint; denoiser.
 batches.py        micro-batches, made ahead
 order.py          which samples form which batch            pure
 captions.py       which text a sample has in an epoch       pure
-objective.py      noise, timesteps, loss                    pure
+objectives/       noise, timesteps, targets, loss           pure
 randomness.py     all random numbers, by what they are for  pure
 rates.py          which parameters share a learning rate; schedules.py: how it changes    pure
 optimizer.py      any optimizer, one parameter at a time; optimizer_kinds.py: which; rounding.py: bf16 weights that move

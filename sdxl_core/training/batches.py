@@ -15,10 +15,10 @@ from torch import Tensor
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import DataError
 from sdxl_core.latents import LatentStore
-from sdxl_core.models import time_ids, tokenize
+from sdxl_core.models import component_config, time_ids, tokenize
 from sdxl_core.training.captions import CaptionRules, caption_text
 from sdxl_core.training.latent_view import LatentView, view_of
-from sdxl_core.training.objective import NoiseDraw, draw_noise
+from sdxl_core.training.objectives import NoiseDraw, Objective
 from sdxl_core.training.order import EpochPlan, Indices, batches_of_epoch, position_of_step, samples_of_rank
 from sdxl_core.training.training_set import Sample, TrainingSet
 
@@ -31,6 +31,7 @@ class MicroBatch:
 
     latents:  float32 [B, 4, h, w], unscaled.   draw: noise and timesteps of the same samples.
     clip_l, clip_g: token ids, int64 [B, n, 77].   time_ids: float32 [B, 6].
+    mask:  float32 [B, 1, H, W] in [0, 1], in pixels: what of a picture is opaque; None where all of it counts.
     num_counted:  samples that count: B, or 0 where this process has none and computes one for company.
     """
 
@@ -40,6 +41,7 @@ class MicroBatch:
     clip_l: Tensor
     clip_g: Tensor
     time_ids: Tensor
+    mask: Tensor | None
     num_counted: int
 
 
@@ -49,6 +51,8 @@ class BatchMaker:
     def __init__(self, training_set: TrainingSet, plan: EpochPlan, config: TrainConfig, *, rank: int) -> None:
         self.training_set, self.plan, self.config, self.rank = training_set, plan, config, rank
         self._store = LatentStore(config.latents)
+        self._objective = Objective(config)
+        self._scaling_factor = float(component_config("sdxl", "vae")["scaling_factor"])  # tiny's is the same
         self._batches = lru_cache(maxsize=2)(lambda epoch: batches_of_epoch(plan, epoch))
         self._rules = CaptionRules(
             separator=config.caption_separator,
@@ -106,12 +110,10 @@ class BatchMaker:
             crop_top_left=torch.tensor([[v.crop_top_px, v.crop_left_px] for v in views]),
             target_size=torch.tensor([[s.height_px, s.width_px] for s in samples]),
         )
-        draw = draw_noise(
-            keys, height=latents.shape[2], width=latents.shape[3], epoch=epoch,
-            seed=self.config.seed, noise_offset=self.config.noise_offset,
-        )  # fmt: skip
+        draw = self._objective.draw(keys, latents * self._scaling_factor, epoch=epoch, seed=self.config.seed)
         return MicroBatch(
             keys=keys, latents=latents, draw=draw, clip_l=tokens.clip_l, clip_g=tokens.clip_g, time_ids=ids,
+            mask=_opaque(views, samples) if self.config.masked_loss else None,
             num_counted=len(part),
         )  # fmt: skip
 
@@ -130,3 +132,11 @@ class BatchMaker:
                 f"They were made with another size or VAE: run cache-latents again into another folder."
             )
         return view_of(record, key=sample.key, epoch=epoch, seed=self.config.seed, flip_aug=self.config.flip_aug)
+
+
+def _opaque(views: list[LatentView], samples: list[Sample]) -> Tensor | None:
+    """Alpha of each picture, float32 [B, 1, H, W] in [0, 1]; all ones for one without; None where none has any."""
+    if all(view.alpha_mask is None for view in views):
+        return None
+    whole = torch.ones(samples[0].height_px, samples[0].width_px)
+    return torch.stack([whole if view.alpha_mask is None else view.alpha_mask for view in views]).unsqueeze(1)

@@ -28,7 +28,7 @@ from sdxl_core.refs import CheckpointRef
 from sdxl_core.training.batches import BatchMaker, MicroBatch
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.loss_average import LossAverage
-from sdxl_core.training.objective import NoiseDraw, add_noise, alphas_cumprod, sample_losses
+from sdxl_core.training.objectives import Objective
 from sdxl_core.training.optimizer import SlotOptimizer, clip_factor, gradient_norm
 from sdxl_core.training.order import EpochPlan
 from sdxl_core.training.parts import TrainedModels, load_trained_models, save_checkpoint
@@ -121,7 +121,7 @@ class Run:
         self.denoiser: Denoiser = self.models.denoiser
         self.model = accelerator.prepare_model(self.denoiser)
         self.lr_factor = lr_schedule(config, total_steps=self.total)
-        self.alphas = alphas_cumprod().to(accelerator.device)
+        self.objective = Objective(config, device=accelerator.device)
         self.scaling_factor = float(component_config(self.models.preset, "vae")["scaling_factor"])
         self.batches = BatchMaker(training_set, plan, config, rank=accelerator.process_index)
         self.progress = ProgressFile(self.state)
@@ -199,15 +199,16 @@ class Run:
         """Loss of each sample of a micro-batch, float32 [B], with gradient."""
         device = self.accelerator.device
         latents = batch.latents.to(device) * self.scaling_factor
-        draw = NoiseDraw(noise=batch.draw.noise.to(device), timesteps=batch.draw.timesteps.to(device))
+        draw = batch.draw.to(device)
         prediction = self.model(
-            add_noise(latents, draw, self.alphas),
+            self.objective.noisy(latents, draw),
             draw.timesteps,
             batch.clip_l.to(device),
             batch.clip_g.to(device),
             batch.time_ids.to(device),
         )
-        return sample_losses(prediction, draw, self.alphas, min_snr_gamma=self.config.min_snr_gamma)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        return self.objective.losses(prediction, latents, draw, mask)
 
     def _check_finite(self, step: int, losses: Tensor, norm: float) -> None:
         """losses: [process, micro-batch, sample]."""

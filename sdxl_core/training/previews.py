@@ -1,13 +1,11 @@
-"""Pictures from prompts: DDIM with classifier-free guidance and fixed seeds. Training neither sees nor feels them."""
+"""Pictures from prompts, with classifier-free guidance and fixed seeds. Training neither sees nor feels them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from sdxl_core.config import TrainConfig
 from sdxl_core.files import atomic_writer
 from sdxl_core.models import TokenIds, encode_prompts, load_models, time_ids, tokenize
 from sdxl_core.training.denoiser import Denoiser
-from sdxl_core.training.objective import BETA_END, BETA_START, NUM_TIMESTEPS
+from sdxl_core.training.objectives.sampling import sampling_scheduler
 from sdxl_core.training.randomness import torch_generator
 
 
@@ -61,7 +59,8 @@ def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: str, *, number: in
     ids = time_ids(original_size=size, crop_top_left=torch.zeros_like(size), target_size=size)
     generator = torch_generator("preview", config.seed, number)
     latents = torch.randn((1, 4, side_px // factor, side_px // factor), generator=generator).to(device)
-    for scheduler, timestep in _ddim(config.sample_inference_steps):
+    scheduler = sampling_scheduler(config, config.sample_inference_steps)
+    for timestep in scheduler.timesteps:
         both = latents.expand(2, -1, -1, -1).to(dtype)
         conditions = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         noise = denoiser.unet(
@@ -71,16 +70,6 @@ def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: str, *, number: in
         guided = unconditional + config.sample_guidance_scale * (conditional - unconditional)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents
-
-
-def _ddim(num_steps: int) -> Iterator[tuple[Any, Tensor]]:
-    scheduler = DDIMScheduler(
-        num_train_timesteps=NUM_TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-    scheduler.set_timesteps(num_steps)
-    for timestep in scheduler.timesteps:
-        yield scheduler, timestep
 
 
 def _save(pixels: Tensor, path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError, TrainingError
 from sdxl_core.models import load_models, tokenize
-from sdxl_core.training.objective import draw_noise
+from sdxl_core.training.objectives.noise import draw_noise
 from sdxl_core.training.result import read_result
 from sdxl_core.training.training_set import read_training_set
 
@@ -179,7 +179,7 @@ def test_one_step_equals_a_plain_diffusers_script(train: Train, config: Configur
     models = load_models("tiny", dtype=torch.float32)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     latents = torch.stack([torch.from_numpy(file["latents"]) for file in files]) * 0.13025
-    draw = draw_noise([s.key for s in samples], height=latents.shape[2], width=latents.shape[3], epoch=0, seed=11)
+    draw = draw_noise([s.key for s in samples], latents, epoch=0, seed=11)
     tokens = tokenize(captions, max_token_length=75)
     with torch.no_grad():
         one = models.text_encoder(tokens.clip_l[:, 0], output_hidden_states=True)
