@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdxl_core.catalog.records import Catalog
+from sdxl_core.catalog.records import CHUNK_RECORDS, Catalog
 from sdxl_core.catalog.schema import CATEGORIES
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset.text import normalise_tag
@@ -62,6 +62,8 @@ def pieces_of_records(config: MergeTagsConfig, stored: dict[str, Any], counts: C
         piece = writer.piece(np.arange(start, stop) if picked is None else picked[start:stop], counts)
         if piece.num_entries:
             yield piece
+        if (start - stored["start"]) % CHUNK_RECORDS == 0:
+            catalog.forget()
 
 
 def _manifest_records(path: Path, catalog: Catalog) -> Ints:

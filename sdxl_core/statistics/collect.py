@@ -144,7 +144,9 @@ def _sums(start: int, *, catalog: Catalog, records: Ints | None, lengths: TagLen
     else:
         tables = [catalog.take(records[start:stop], COLUMNS)]
     num_tags = len(catalog.vocabulary)
-    return reduce(add, (sums_of(table, lengths, num_tags=num_tags, query_tags=query_tags) for table in tables))
+    sums = reduce(add, (sums_of(table, lengths, num_tags=num_tags, query_tags=query_tags) for table in tables))
+    catalog.forget()
+    return sums
 
 
 def _told(catalog: Catalog, sums: Sums, *, query: str, query_tags: Mapping[str, Ints]) -> CatalogStatistics:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sdxl_core.catalog.records import Catalog
+from sdxl_core.catalog.records import CHUNK_RECORDS, Catalog
 from sdxl_core.rejected import Rejected
 from sdxl_core.subset import manifest
 from sdxl_core.subset.wanted import Wanted, WantedGroup
@@ -53,6 +53,8 @@ def picked_batches(catalog: Catalog, records: Ints, columns: tuple[str, ...]) ->
         part = records[start : start + BATCH]
         table = catalog.take(part, names)
         yield Batch(part, table, np.asarray(table["image"].is_valid()))
+        if start % CHUNK_RECORDS == 0:
+            catalog.forget()
 
 
 def manifest_rows(catalog: Catalog, records: Ints, halves: Halves) -> Iterator[pa.RecordBatch]:
