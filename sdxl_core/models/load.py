@@ -13,7 +13,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from sdxl_core.errors import CheckpointError, ConfigError
+from sdxl_core.errors import CheckpointError
 from sdxl_core.files import digest_of
 from sdxl_core.models.key_names import (
     LOGIT_SCALE,
@@ -27,6 +27,7 @@ from sdxl_core.models.key_names import (
     to_original,
     vae_file_keys,
 )
+from sdxl_core.models.prediction import EPSILON, Prediction, prediction_of_file, prediction_of_scheduler
 from sdxl_core.models.presets import MODEL_COMPONENTS, PRESETS, Component, Preset, component_config
 from sdxl_core.models.recognise import refuse_differences, what_it_is
 from sdxl_core.models.weights import WeightFile, WeightFiles, Weights, component_files, header_digest, raw_bytes
@@ -34,6 +35,7 @@ from sdxl_core.models.weights import WeightFile, WeightFiles, Weights, component
 TINY: Preset = "tiny"
 TINY_MEAN_GAIN, TINY_LOGVAR = 50.0, -2.0
 OLD_SCALING_FACTOR = 0.18215  # Stable Diffusion 1 and 2, and what diffusers assumes where a config names none
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 _CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -44,7 +46,10 @@ _CLASSES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SdxlModels:
-    """SDXL's components; a part that was not asked for is None. `logit_scale`: kept from a single file, or None."""
+    """SDXL's components; a part that was not asked for is None. `logit_scale`: kept from a single file, or None.
+
+    prediction: what the U-Net predicts, as the files say.
+    """
 
     preset: Preset
     unet: Any = None
@@ -52,6 +57,7 @@ class SdxlModels:
     text_encoder_2: Any = None
     vae: Any = None
     logit_scale: Tensor | None = None
+    prediction: Prediction = EPSILON
 
 
 def load_models(
@@ -61,7 +67,7 @@ def load_models(
 
     Args:   base_model: `tiny` (random weights from `seed`), a single file or a diffusers folder.
             parts: of unet, text_encoder, text_encoder_2, vae.   dtype: of all weights.
-    Raises: ConfigError: nothing there, or a v-prediction model.
+    Raises: ConfigError: nothing there.
             CheckpointError: not SDXL, cut short, or tensors are missing, unknown or of another shape.
     """
     wanted: list[Component] = [part for part in MODEL_COMPONENTS if part in parts]
@@ -114,6 +120,17 @@ def model_fingerprint(base_model: str) -> str:
     return digest_of(*(header_digest(file) for file in files))
 
 
+def base_prediction(base_model: str) -> Prediction:
+    """What a base model says it predicts, from its header or scheduler config alone. Raises: as `load_models`."""
+    if base_model == TINY:
+        return EPSILON
+    path = Path(base_model)
+    if path.is_dir():
+        return prediction_of_scheduler(_read_config(path / SCHEDULER_CONFIG))
+    file = WeightFile(path)
+    return prediction_of_file(file.shapes, file.metadata)
+
+
 def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
     file = WeightFile(path)
     preset = _preset_of_checkpoint(file)
@@ -128,8 +145,6 @@ def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -
             f"{path}: has no {' and no '.join(lacking)}; it looks like {what_it_is(file.shapes)}. Training and saving "
             f"need all parts: name a complete SDXL checkpoint."
         )
-    if "v_pred" in file.shapes or file.metadata.get("modelspec.prediction_type", "").startswith("v"):
-        raise _v_prediction(path)
     for part in ("unet", "text_encoder", "text_encoder_2"):
         prefix = prefix_of(part)
         found = {key: shape for key, shape in file.shapes.items() if key.startswith(prefix)}
@@ -141,7 +156,8 @@ def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -
         if part != "vae"
     }  # fmt: skip
     modules = {part: _fill(part, preset, tensors.pop(part), dtype) for part in wanted}
-    return SdxlModels(preset=preset, logit_scale=file.get(LOGIT_SCALE), **modules)
+    prediction = prediction_of_file(file.shapes, file.metadata)
+    return SdxlModels(preset=preset, logit_scale=file.get(LOGIT_SCALE), prediction=prediction, **modules)
 
 
 def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
@@ -150,8 +166,6 @@ def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> S
     preset = _preset_of_unet(shapes.get("conv_in.weight"), shapes.get("add_embedding.linear_1.weight"))
     if preset is None:
         raise CheckpointError(f"{folder / 'unet'}: not SDXL's U-Net. Name a diffusers folder of an SDXL model.")
-    if _read_config(folder / "scheduler" / "scheduler_config.json").get("prediction_type") == "v_prediction":
-        raise _v_prediction(folder)
     modules: dict[Component, Any] = {}
     for part, weights in parts.items():
         if part == "vae":
@@ -164,14 +178,8 @@ def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> S
             tensors = {name: weights[key] for name, key in names.items()} if part in wanted else {}
         if part in wanted:
             modules[part] = _fill(part, preset, tensors, dtype)
-    return SdxlModels(preset=preset, **modules)
-
-
-def _v_prediction(path: Path) -> ConfigError:
-    return ConfigError(
-        f"{path}: a v-prediction model. Training here predicts the noise (epsilon), which would ruin it. Name a model "
-        f"of epsilon prediction, such as SDXL base 1.0."
-    )
+    prediction = prediction_of_scheduler(_read_config(folder / SCHEDULER_CONFIG))
+    return SdxlModels(preset=preset, prediction=prediction, **modules)
 
 
 def _vae_tensors(vae: str) -> tuple[Preset, dict[str, Tensor]]:

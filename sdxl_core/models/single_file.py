@@ -17,6 +17,7 @@ from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.files import atomic_writer, write_atomic
 from sdxl_core.models.key_names import LOGIT_SCALE, folder_names, to_original
 from sdxl_core.models.load import SdxlModels
+from sdxl_core.models.prediction import EPSILON
 from sdxl_core.models.presets import MODEL_COMPONENTS, component_config
 from sdxl_core.models.weights import raw_bytes
 from sdxl_core.refs import FileRef
@@ -31,7 +32,6 @@ def modelspec_metadata(
     *,
     title: str,
     resolution: str = "1024x1024",
-    prediction_type: Literal["epsilon", "v"] = "epsilon",
     date: datetime | None = None,
 ) -> dict[str, str]:
     """The metadata that user interfaces read. Source: Stability AI's ModelSpec 1.0.1.
@@ -44,7 +44,7 @@ def modelspec_metadata(
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": resolution,
-        "modelspec.prediction_type": prediction_type,
+        **EPSILON.modelspec(),
         "modelspec.date": (date or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
     }
 
@@ -53,6 +53,7 @@ def save_single_file(path: Path, models: SdxlModels, *, precision: Precision, me
     """Write a complete model as one .safetensors in the original key layout, whole or not at all.
 
     Args:   models: all four parts, on any device and in any floating dtype.   precision: of every tensor in the file.
+            metadata: of the file; what the model predicts is added where it is not the noise.
     Raises: ConfigError: a part is missing.   CheckpointError: a weight is not finite, or too large for this precision
             (nothing is written).   DiskFullError.   DataError: no permission.
     """
@@ -64,7 +65,9 @@ def save_single_file(path: Path, models: SdxlModels, *, precision: Precision, me
         state |= to_original(part, folder_names(part, module.state_dict()), models.preset)
     if models.logit_scale is not None:
         state[LOGIT_SCALE] = models.logit_scale
-    return _write_safetensors(path, state, precision, FORMAT | dict(metadata))
+    state |= models.prediction.marker_keys()
+    said = {} if models.prediction == EPSILON else models.prediction.modelspec()
+    return _write_safetensors(path, state, precision, FORMAT | dict(metadata) | said)
 
 
 def save_diffusers_folder(path: Path, models: SdxlModels, *, precision: Precision) -> None:
@@ -81,7 +84,8 @@ def save_diffusers_folder(path: Path, models: SdxlModels, *, precision: Precisio
         _write_safetensors(path / part / name, folder_names(part, module.state_dict()), precision, FORMAT)
         config = module.config.to_json_string(use_diff=False) if from_transformers else module.to_json_string()
         write_atomic(path / part / "config.json", config.encode())
-    scheduler = orjson.dumps(component_config(models.preset, "scheduler"), option=orjson.OPT_INDENT_2)
+    config = component_config(models.preset, "scheduler") | models.prediction.scheduler_config()
+    scheduler = orjson.dumps(config, option=orjson.OPT_INDENT_2)
     write_atomic(path / "scheduler" / "scheduler_config.json", scheduler)
 
 
@@ -112,7 +116,9 @@ def _write_safetensors(
 
 def _cast(path: Path, key: str, tensor: Tensor, precision: Precision) -> Tensor:
     cast = tensor.detach().to(DTYPES[precision])
-    if not all(extreme.isfinite() for extreme in torch.aminmax(cast)):  # NaN is passed on; 16 times isfinite's speed
+    if cast.numel() and not all(
+        extreme.isfinite() for extreme in torch.aminmax(cast)
+    ):  # NaN is passed on; 16 times isfinite's speed
         if torch.isfinite(tensor).all():
             advice = f"It is too large for {precision}: save in bf16 or fp32."
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from sdxl_core.training.training_set import read_training_set
 GRACE_S = 8.0  # Prefect gives a cancelled flow ten seconds
 POLL_S = 0.2
 LOG_TAIL_LINES = 12
+logger = logging.getLogger(__name__)
 
 
 def launch_training(config: TrainConfig, *, progress: Progress = no_progress) -> CheckpointRef:
@@ -39,6 +41,7 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
             TransientError: it was killed; calling again continues.
     """
     training_set = read_training_set(config)
+    _warn_of_prediction(config)
     config = config.model_copy(update={"use_cpu": _on_cpu(config)})
     state = config.out / "state"
     with disk_errors(state):
@@ -58,6 +61,15 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
         if result is None:
             raise CheckpointError(f"{state / 'result.json'}: the trainer ended well but left no result. See {log}.")
         return result
+
+
+def _warn_of_prediction(config: TrainConfig) -> None:
+    """Raises: ConfigError: the base model predicts something else than is trained."""
+    from sdxl_core.models import base_prediction, check_prediction  # imports torch
+
+    warning = check_prediction(config.base_model, base_prediction(config.base_model), config)
+    if warning:
+        logger.warning(warning)
 
 
 def _on_cpu(config: TrainConfig) -> bool:

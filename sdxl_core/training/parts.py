@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError
 from sdxl_core.lineage import lineage_metadata
-from sdxl_core.models import SdxlModels, load_models, modelspec_metadata, save_single_file
+from sdxl_core.models import Prediction, SdxlModels, load_models, modelspec_metadata, save_single_file
 from sdxl_core.refs import FileRef
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.optimizer import ParameterGroup
@@ -97,7 +97,8 @@ def save_checkpoint(models: TrainedModels, config: TrainConfig, *, digest: str, 
     frozen = tuple(part for part in ("unet", "text_encoder", "text_encoder_2", "vae") if not rates.get(part))
     base = load_models(config.base_model, parts=frozen, dtype=torch.float32)
     parts = {part: getattr(base if part in frozen else models.denoiser, part) for part in (*PARTS, "vae")}
-    whole = SdxlModels(**parts, preset=base.preset, logit_scale=base.logit_scale)
+    prediction = Prediction(config.prediction_type, config.zero_terminal_snr)
+    whole = SdxlModels(**parts, preset=base.preset, logit_scale=base.logit_scale, prediction=prediction)
     metadata = modelspec_metadata(title=config.output_name) | {
         "sdxl_flows.config": config.model_dump_json(),
         "sdxl_flows.dataset_digest": digest,

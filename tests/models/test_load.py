@@ -367,17 +367,6 @@ def test_what_holds_no_sdxl_vae_is_refused_as_one(
         load_vae(str(path), dtype=torch.float32)
 
 
-def test_v_prediction_is_refused(tmp_path: Path, single_file: Path, folder: Path, tiny: SdxlModels) -> None:
-    marked = rewritten(single_file, tmp_path / "m.safetensors", lambda state: state | {"v_pred": torch.tensor([])})
-    assert "v-prediction" in refused(marked)
-    save_single_file(tmp_path / "s", tiny, precision="fp16", metadata={"modelspec.prediction_type": "v"})
-    assert "v-prediction" in refused(tmp_path / "s")
-    copy = Path(shutil.copytree(folder, tmp_path / "folder"))
-    config = copy / "scheduler" / "scheduler_config.json"
-    config.write_bytes(orjson.dumps({"prediction_type": "v_prediction"}))
-    assert "v-prediction" in refused(copy)
-
-
 def test_wrong_folders_are_refused(tmp_path: Path, folder: Path) -> None:
     assert "there is no folder unet/" in refused(tmp_path)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
