@@ -70,7 +70,17 @@ def _watch_parent() -> None:
         os._exit(113)
 
 
-def _start_slot(device: str) -> None:
+_num_slots = 1  # that share this machine's cores
+
+
+def cores_of_slot() -> int:
+    """Cores this process may count on: all that it is allowed to use, shared by the slots of its job; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // _num_slots)
+
+
+def _start_slot(device: str, num_slots: int) -> None:
+    global _num_slots
+    _num_slots = num_slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     threading.Thread(target=_watch_parent, daemon=True).start()
@@ -79,8 +89,9 @@ def _start_slot(device: str) -> None:
 class Slot:
     """One device and the process that owns it. Not for concurrent calls: check it out from `Slots`."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, num_slots: int = 1) -> None:
         self.device = device
+        self._num_slots = num_slots
         self._pool: ProcessPoolExecutor | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -95,7 +106,9 @@ class Slot:
                 if self._closed:
                     raise SlotsClosed(f"device slot {self.device} is closed: the job is being cancelled.")
                 if self._pool is None:
-                    self._pool = ProcessPoolExecutor(1, mp.get_context("spawn"), _start_slot, (self.device,))
+                    self._pool = ProcessPoolExecutor(
+                        1, mp.get_context("spawn"), _start_slot, (self.device, self._num_slots)
+                    )
                 future = self._pool.submit(function, *args)
             return future.result()
         except BrokenProcessPool as error:
@@ -125,7 +138,7 @@ class Slots:
     """All slots of a job; a context manager that kills their processes at the end, cancellation included."""
 
     def __init__(self, devices: list[str]) -> None:
-        self.slots = [Slot(device) for device in devices]
+        self.slots = [Slot(device, num_slots=len(devices)) for device in devices]
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in self.slots:
             self._free.put(slot)

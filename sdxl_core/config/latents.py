@@ -42,6 +42,9 @@ class LatentsOptions(BucketOptions):
     )
     dtype: Dtype = Field("float32", description="precision the VAE computes in; the .npz always holds float32")
     batch_size: int = Field(4, ge=1, le=256, description="pictures a VAE batch")
+    compile: bool = Field(
+        False, description="torch.compile the VAE for full batches of each bucket: minutes once, then quicker (CUDA)"
+    )
     shard_size: int = Field(4096, ge=1, le=1_000_000, description="pictures a shard: the unit of retry and resume")
     commit_size: int = Field(
         256, ge=1, le=100_000, description="pictures synced to disk at once; lost at most in a crash"
@@ -54,6 +57,12 @@ class LatentsOptions(BucketOptions):
     background: str = Field(
         "#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", description="colour behind transparent pictures (compat = default)"
     )
+    flip_aug: bool = Field(False, description="keep latents of the mirrored picture too, as sd-scripts' flip_aug")
+    alpha_mask: bool = Field(False, description="keep each picture's transparency as a mask, as sd-scripts' alpha_mask")
+    logvar: bool = Field(
+        False,
+        description="keep the posterior's mean and variance, not one sample; for our trainer only",
+    )
     min_side_px: int = Field(32, ge=1, description="pictures with a shorter side are rejected as too_small")
     max_image_megapixels: int = Field(200, ge=1, le=4000, description="larger pictures are rejected unopened")
     max_cropped_share: float = Field(
@@ -64,10 +73,18 @@ class LatentsOptions(BucketOptions):
         "auto",
         description="auto (every CUDA card, else one CPU slot), or a list such as 0,1 or cpu,cpu: one process each",
     )
-    decode_threads: int = Field(2, ge=1, le=256, description="threads a device that decode and resize pictures")
+    decode_threads: int = Field(
+        0, ge=0, le=256, description="threads a device that decode and resize pictures; 0: all cores, shared by devices"
+    )
     root_map: dict[str, str] = Field(
         {}, description='replace the beginning of metadata keys: {"H:/just_astolfo" = "/data/just_astolfo"}'
     )
+
+    @model_validator(mode="after")
+    def one_posterior(self) -> LatentsOptions:
+        if self.logvar and self.flip_aug:
+            raise ValueError("logvar and flip_aug exclude each other: the mirrored picture has a posterior of its own")
+        return self
 
 
 class CacheLatentsConfig(LatentsOptions):

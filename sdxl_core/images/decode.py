@@ -7,7 +7,6 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,17 +51,17 @@ class PictureSize:
     height_px: int
 
 
-def probe(path: Path, *, honour_exif: bool) -> PictureSize:
-    """A picture's size from its header; no pixel is decoded.
+def probe(data: bytes, *, honour_exif: bool) -> PictureSize:
+    """A picture's size from the header of its file's bytes; no pixel is decoded.
 
     Raises: BadPicture: empty_file, undecodable.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width_px, height_px = image.size
             turned = honour_exif and orientation(image) >= 5
     except DECODER_ERRORS as error:
-        raise _undecodable(path.stat().st_size, error) from error
+        raise _undecodable(len(data), error) from error
     return PictureSize(width_px=height_px if turned else width_px, height_px=width_px if turned else height_px)
 
 

@@ -1,78 +1,28 @@
-"""Encode one shard: sizes from headers, batches by bucket, decoded ahead in threads, committed in groups.
+"""Encode one shard: commit groups of its rows through the engine, written, synced, recorded.
 
-Batches and groups are a pure function of the shard, because a VAE's output depends on the batch it is in: an
-interrupted shard continues with whole groups, so it ends with the same bytes as an undisturbed one.
+Groups are contiguous ranges of the shard's rows, and batches never leave a group: an interrupted shard continues with
+whole groups, so it ends with the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
-import torch
-from numpy.typing import NDArray
 
-from sdxl_core.buckets import BucketChoice, BucketTable, crop_ltrb
+from sdxl_core.catalog.images import ImagePlace
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import ShardError
 from sdxl_core.files import sync_files
-from sdxl_core.images.decode import BadPicture, PictureSize, decode, probe
-from sdxl_core.images.prepare import choose_bucket, fit_to_bucket
-from sdxl_core.latents.formats import LatentRecord, write_per_image
+from sdxl_core.latents.engine import EncodedGroup, EncodedPicture, Engine, Picture
+from sdxl_core.latents.formats import write_per_image
 from sdxl_core.latents.ledger import Group, LatentRow, ShardLedger
 from sdxl_core.latents.plan import ledger_path
-from sdxl_core.latents.vae import Encoder
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentShardRef, ShardRef
 
-LOOK_AHEAD_BATCHES = 4
-Rejection = tuple[str, str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A picture of the shard that is worth encoding."""
-
-    key: str
-    name: str
-    size: PictureSize
-    choice: BucketChoice
-
-    @property
-    def file(self) -> str:
-        """Its latents' path below the latents folder."""
-        return os.path.splitext(self.name)[0] + ".npz"
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Pixels of one picture, uint8 [h, w, 3], the digest of its file, and how long reading and decoding took."""
-
-    pixels: NDArray[np.uint8]
-    digest: bytes
-    read_s: float
-    decode_s: float
-
-
-class Stopwatch:
-    """Seconds by stage. `read` and `decode` happen in threads; `wait` is what of them the VAE had to wait for."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("read", "decode", "wait", "vae", "write"), 0.0)
-
-    def bound_by(self) -> str:
-        """The stage that an improvement would have to start with."""
-        waited = "read" if self.seconds["read"] > self.seconds["decode"] else "decode"
-        return max(("wait", "vae", "write"), key=lambda name: self.seconds[name]).replace("wait", waited)
+PlanRejection = tuple[str, str, str]
 
 
 def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShardRef | None:
@@ -98,36 +48,34 @@ def encode_shard(
         progress("latents", finished.num_seen, finished.num_seen)
         return finished
     ledger = ShardLedger.read(ledger_path(shard))
-    started, watch = time.monotonic(), Stopwatch()
-    pictures, rejected = _select(shard, config)
-    groups = groups_of_batches(pictures, config)
-    done = len(rejected) + sum(sum(map(len, groups[number])) for number in ledger.groups)
-    encoder = Encoder(config.vae, dtype=config.dtype, device=device)
-    todo = [(number, batches) for number, batches in enumerate(groups) if number not in ledger.groups]
-    num_encoded = 0
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        prepared = _prepare_ahead(pool, [batch for _, batches in todo for batch in batches], config)
-        for number, batches in todo:
-            group = _encode_group(number, batches, prepared, encoder, config, watch)
-            ledger.add(group)
-            num_encoded += len(group.rows)
-            done += sum(map(len, batches))
-            progress("latents", done, shard.stop - shard.start)
-    elapsed = time.monotonic() - started
+    rows, rejected = _rows(shard)
+    groups = [rows[start : start + config.commit_size] for start in range(0, len(rows), config.commit_size)]
+    todo = [(number, _pictures(group, config)) for number, group in enumerate(groups) if number not in ledger.groups]
+    done = shard.stop - shard.start - sum(len(pictures) for _, pictures in todo)
+
+    def commit(group: EncodedGroup) -> None:
+        nonlocal done
+        written = [_write(picture, config) for picture in group.pictures]
+        sync_files([config.out / "latents" / row.file for row in written])
+        ledger.add(Group(number=group.number, rows=tuple(written), rejected=group.rejected, notes=group.notes))
+        done += len(written) + len(group.rejected)
+        progress("latents", done, shard.stop - shard.start)
+
+    report = Engine(config, device).run(todo, commit)
     ledger.close(
         {
             "rejected": rejected,
-            "images_per_s": num_encoded / elapsed if elapsed else 0.0,
-            "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
-            "bound_by": watch.bound_by(),
+            "images_per_s": report.images_per_s,
+            "seconds": dict(report.seconds),
+            "bound_by": report.bound_by,
             "device": device,
         }
     )
     return _reference(shard, ledger)
 
 
-def _select(shard: ShardRef, config: CacheLatentsConfig) -> tuple[list[Picture], list[Rejection]]:
-    """Read every picture's header: those worth encoding, in the shard's order, and the others with the reason."""
+def _rows(shard: ShardRef) -> tuple[list[list[Any]], list[PlanRejection]]:
+    """The shard's pictures as [key, name, size in bytes, mtime_ns], and those that the plan rejected."""
     try:
         rows: list[list[Any]] = orjson.loads(shard.path.read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError) as error:
@@ -135,146 +83,29 @@ def _select(shard: ShardRef, config: CacheLatentsConfig) -> tuple[list[Picture],
         raise ShardError(
             f"{shard.path}: the listing of shard {shard.index} is gone or damaged. Run cache-latents again."
         ) from error
-    table = BucketTable.from_options(config)
-    pictures: list[Picture] = []
-    rejected: list[Rejection] = []
-    for row in rows:
-        if len(row) == 3:
-            rejected.append((row[0], row[1], row[2]))
-            continue
-        key, name = row[0], row[1]
-        try:
-            size = probe(config.source / name, honour_exif=config.compat != "sd-scripts")
-            choice = choose_bucket(size, table, config)
-        except FileNotFoundError:
-            rejected.append((key, "missing_image", f"{name} was there when the run was planned, and is gone"))
-        except BadPicture as error:
-            rejected.append((key, error.reason, str(error)))
-        else:
-            pictures.append(Picture(key=key, name=name, size=size, choice=choice))
-    return pictures, rejected
+    return [row for row in rows if len(row) == 4], [(row[0], row[1], row[2]) for row in rows if len(row) == 3]
 
 
-def groups_of_batches(pictures: Iterable[Picture], config: CacheLatentsConfig) -> list[list[list[Picture]]]:
-    """Batches of one bucket each, bucket by bucket, and commit groups of at least commit_size pictures."""
-    ordered = sorted(pictures, key=lambda picture: picture.choice.bucket)  # stable: the shard's order inside a bucket
-    batches: list[list[Picture]] = []
-    for picture in ordered:
-        if batches and len(batches[-1]) < config.batch_size and batches[-1][0].choice.bucket == picture.choice.bucket:
-            batches[-1].append(picture)
-        else:
-            batches.append([picture])
-    groups: list[list[list[Picture]]] = []
-    size = config.commit_size
-    for batch in batches:
-        if size >= config.commit_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(batch)
-        size += len(batch)
-    return groups
+def _pictures(rows: list[list[Any]], config: CacheLatentsConfig) -> list[Picture]:
+    return [
+        Picture(key, ImagePlace(path=config.source / name, name=name, offset=0, num_bytes=num_bytes, in_tar=False))
+        for key, name, num_bytes, _ in rows
+    ]
 
 
-def _prepare(picture: Picture, config: CacheLatentsConfig) -> Prepared:
-    started = time.monotonic()
-    try:
-        data = (config.source / picture.name).read_bytes()
-    except OSError as error:
-        raise BadPicture("unreadable", f"{picture.name} cannot be read: {error.strerror}") from error
-    read = time.monotonic()
-    image = decode(data, compat=config.compat, background=config.background)
-    if image.shape[:2] != (picture.size.height_px, picture.size.width_px):
-        raise BadPicture("undecodable", "its pixels are of another size than its header says")
-    pixels = fit_to_bucket(image, picture.choice)
-    return Prepared(pixels, hashlib.sha256(data).digest(), read - started, time.monotonic() - read)
-
-
-def _prepare_ahead(
-    pool: ThreadPoolExecutor, batches: list[list[Picture]], config: CacheLatentsConfig
-) -> Iterator[list[Future[Prepared]]]:
-    """Futures of every batch in order, with a bounded number of batches under way."""
-    ahead: deque[list[Future[Prepared]]] = deque()
-    for batch in batches:
-        ahead.append([pool.submit(_prepare, picture, config) for picture in batch])
-        if len(ahead) > LOOK_AHEAD_BATCHES:
-            yield ahead.popleft()
-    yield from ahead
-
-
-def _encode_group(
-    number: int,
-    batches: list[list[Picture]],
-    prepared: Iterator[list[Future[Prepared]]],
-    encoder: Encoder,
-    config: CacheLatentsConfig,
-    watch: Stopwatch,
-) -> Group:
-    rows: list[LatentRow] = []
-    rejected: list[Rejection] = []
-    notes: list[str] = []
-    for batch in batches:
-        usable: list[tuple[Picture, Prepared]] = []
-        for picture, future in zip(batch, next(prepared), strict=True):
-            started = time.monotonic()
-            try:
-                usable.append((picture, future.result()))
-            except BadPicture as error:
-                rejected.append((picture.key, error.reason, str(error)))
-            watch.seconds["wait"] += time.monotonic() - started
-        if usable:
-            notes += _encode_batch(usable, encoder, config, watch, rows, rejected)
-    started = time.monotonic()
-    sync_files([config.out / "latents" / row.file for row in rows])
-    watch.seconds["write"] += time.monotonic() - started
-    return Group(number=number, rows=tuple(rows), rejected=tuple(rejected), notes=tuple(notes))
-
-
-def _encode_batch(
-    usable: list[tuple[Picture, Prepared]],
-    encoder: Encoder,
-    config: CacheLatentsConfig,
-    watch: Stopwatch,
-    rows: list[LatentRow],
-    rejected: list[Rejection],
-) -> list[str]:
-    """Encode and write one batch, adding to `rows` and `rejected`. Returns the encoder's notes."""
-    watch.seconds["read"] += sum(item.read_s for _, item in usable)
-    watch.seconds["decode"] += sum(item.decode_s for _, item in usable)
-    started = time.monotonic()
-    pixels = np.stack([item.pixels for _, item in usable])
-    latents, notes = encoder.encode(pixels, [item.digest for _, item in usable], seed=config.seed)
-    finite = torch.isfinite(latents).all(dim=(1, 2, 3)).tolist()
-    watch.seconds["vae"] += time.monotonic() - started
-    started = time.monotonic()
-    for (picture, _), values, is_finite in zip(usable, latents.numpy(), finite, strict=True):
-        if is_finite:
-            rows.append(_write(picture, values, config.out / "latents"))
-        else:
-            rejected.append((picture.key, "nan_latent", "the VAE gives values that are not finite, in float32 too"))
-    watch.seconds["write"] += time.monotonic() - started
-    return notes
-
-
-def _write(picture: Picture, latents: NDArray[np.float32], folder: Path) -> LatentRow:
-    width_px, height_px = picture.size.width_px, picture.size.height_px
-    bucket = picture.choice.bucket
-    record = LatentRecord(
-        latents=latents,
-        original_width_px=width_px,
-        original_height_px=height_px,
-        crop_ltrb=crop_ltrb(bucket, width_px=width_px, height_px=height_px),
-    )
-    path = folder / picture.file
-    write_per_image(path, record)
+def _write(encoded: EncodedPicture, config: CacheLatentsConfig) -> LatentRow:
+    file = os.path.splitext(encoded.picture.place.name)[0] + ".npz"
+    path = config.out / "latents" / file
+    write_per_image(path, encoded.record)
     status = path.stat()
     return LatentRow(
-        key=picture.key,
-        file=picture.file,
+        key=encoded.picture.key,
+        file=file,
         num_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
-        crc32=record.crc32(),
-        bucket=(bucket.width_px, bucket.height_px),
-        ar_error=picture.choice.ar_error,
+        crc32=encoded.record.crc32(),
+        bucket=(encoded.bucket.width_px, encoded.bucket.height_px),
+        ar_error=encoded.ar_error,
     )
 
 

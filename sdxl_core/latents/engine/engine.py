@@ -1,0 +1,145 @@
+"""The engine: groups of pictures in, groups of latents out, every stage at work at once.
+
+One thread reads in order, a pool decodes, this thread fills batches and feeds the device, one thread commits. Batches
+are a pure function of a group's pictures, because a VAE's output depends on the batch it is in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_core.buckets import BucketTable, crop_ltrb
+from sdxl_core.config import CacheLatentsConfig, LatentsOptions
+from sdxl_core.devices import cores_of_slot
+from sdxl_core.images.decode import BadPicture
+from sdxl_core.latents.engine.batches import batches_of
+from sdxl_core.latents.engine.clock import Clock
+from sdxl_core.latents.engine.device import Device, Encoded, Ticket
+from sdxl_core.latents.engine.feed import Feed, Outcome
+from sdxl_core.latents.engine.prepare import Prepared, prepare
+from sdxl_core.latents.engine.records import EncodedGroup, EncodedPicture, EngineReport, Picture, Rejection
+from sdxl_core.latents.engine.writer import Writer
+from sdxl_core.latents.formats import LatentRecord
+from sdxl_core.latents.vae import LoadFunction, load_encoder
+
+
+@dataclass(slots=True)
+class _Group:
+    """A group under way. `order`: keys in the group's order; `open_batches`: batches that are not finished."""
+
+    number: int
+    order: list[str] = field(default_factory=list)
+    pictures: dict[str, EncodedPicture] = field(default_factory=dict)
+    rejected: dict[str, Rejection] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    open_batches: int = 0
+    is_read: bool = False
+
+    def done(self) -> EncodedGroup:
+        return EncodedGroup(
+            number=self.number,
+            pictures=tuple(self.pictures[key] for key in self.order if key in self.pictures),
+            rejected=tuple(self.rejected[key] for key in self.order if key in self.rejected),
+            notes=tuple(self.notes),
+        )
+
+
+class Engine:
+    """Encodes groups of pictures on one device.
+
+    Args:   config: its `batch_size` must be a number of pictures (0, which is to be found out, is
+            `batch_size.find_batch_size`'s).   device: `cpu`, or a card's number, which this process sees as cuda:0.
+            load: gives the VAE's encoder; another one for measuring.
+    """
+
+    def __init__(self, config: CacheLatentsConfig, device: str, *, load: LoadFunction = load_encoder) -> None:
+        self._config, self._device, self._load = config, device, load
+        self._threads = config.decode_threads or cores_of_slot()
+        self._table = BucketTable.from_options(config)
+
+    def run(
+        self, groups: Iterable[tuple[int, Sequence[Picture]]], commit: Callable[[EncodedGroup], None]
+    ) -> EngineReport:
+        """Encode every group, and call `commit` for each in order, on a thread of its own.
+
+        `groups` is read ahead, on another thread. A picture that cannot be used is among its group's rejected.
+        Raises: what `groups` and `commit` raise; everything committed before stays.
+                torch.OutOfMemoryError: a single picture does not fit.   ConfigError, CheckpointError: no such VAE.
+        """
+        clock = Clock(self._threads)
+        device = Device(self._config, self._device, self._load, clock)
+        ahead = 3 * self._threads + 2 * self._config.batch_size
+        prepare_one = partial(prepare, table=self._table, options=self._config)
+        with (
+            Writer(commit, clock) as writer,
+            Feed(groups, prepare_one, threads=self._threads, ahead=ahead, clock=clock) as feed,
+        ):
+            self._run(feed, device, writer)
+        return clock.report(num_encoded=writer.num_encoded, num_rejected=writer.num_rejected)
+
+    def _run(self, feed: Feed, device: Device, writer: Writer) -> None:
+        under_way: deque[tuple[_Group, Ticket]] = deque()
+
+        def finish_one() -> None:
+            group, ticket = under_way.popleft()
+            self._keep(group, ticket.batch, device.finish(ticket))
+            group.open_batches -= 1
+            if group.is_read and not group.open_batches:
+                writer.put(group.done())
+
+        for number, pictures in feed.groups():
+            group = _Group(number)
+            for batch in batches_of(_usable(pictures, group), self._config.batch_size):
+                under_way.append((group, device.submit(batch)))
+                group.open_batches += 1
+                while len(under_way) > device.in_flight:
+                    finish_one()
+            group.is_read = True
+            if not group.open_batches:
+                while under_way:  # of groups before this one
+                    finish_one()
+                writer.put(group.done())
+        while under_way:
+            finish_one()
+
+    def _keep(self, group: _Group, batch: Sequence[Prepared], encoded: Encoded) -> None:
+        group.notes += encoded.notes
+        for row, item in enumerate(batch):
+            key = item.picture.key
+            if encoded.finite[row]:
+                group.pictures[key] = _picture(item, encoded.values[:, row].numpy().copy(), self._config)
+            else:
+                detail = "the VAE gives values that are not finite, in float32 too"
+                group.rejected[key] = (key, "nan_latent", detail)
+
+
+def _usable(pictures: Iterator[tuple[Picture, Outcome]], group: _Group) -> Iterator[Prepared]:
+    """The pictures that can be encoded; the others are noted as rejected."""
+    for picture, outcome in pictures:
+        group.order.append(picture.key)
+        if isinstance(outcome, BadPicture):
+            group.rejected[picture.key] = (picture.key, outcome.reason, str(outcome))
+        else:
+            yield outcome
+
+
+def _picture(item: Prepared, values: NDArray[np.float32], options: LatentsOptions) -> EncodedPicture:
+    """`values`: [k, 4, h / 8, w / 8] in memory of its own, so that the batch's can be let go."""
+    size, bucket = item.size, item.choice.bucket
+    record = LatentRecord(
+        latents=values[0],
+        latents_flipped=values[1] if options.flip_aug else None,
+        logvar=values[1] if options.logvar else None,
+        alpha_mask=item.alpha,
+        original_width_px=size.width_px,
+        original_height_px=size.height_px,
+        crop_ltrb=crop_ltrb(bucket, width_px=size.width_px, height_px=size.height_px),
+        image_sha256=item.digest,
+    )
+    return EncodedPicture(picture=item.picture, record=record, bucket=bucket, ar_error=item.choice.ar_error)
