@@ -74,8 +74,8 @@ def write_rejected(path: Path, rows: Iterable[Rejected]) -> int:
 
 
 def count_reasons(rows: Iterable[Rejected]) -> dict[str, int]:
-    """Rows by reason, most frequent first."""
-    return dict(Counter(row.reason for row in rows).most_common())
+    """Rows by reason, most frequent first, and of equals by name."""
+    return dict(sorted(Counter(row.reason for row in rows).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _line(row: Rejected) -> bytes:
