@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -18,12 +18,15 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.events import emit_event
 
 from sdxl_core.refs import CheckpointRef, LatentSetRef, LatentShardRef, to_json
 from sdxl_core.rejected import count_reasons, read_rejected
 from sdxl_core.summary import describe
 
 MIN_SECONDS_BETWEEN_UPDATES = 10.0
+MIN_SECONDS_BETWEEN_EVENTS = 60.0
+PROGRESS_EVENT = "sdxl-flows.progress"  # what the "stuck" notification waits for
 
 
 @contextmanager
@@ -41,7 +44,8 @@ class ProgressArtifact:
     def __init__(self, key: str, description: str) -> None:
         self._key, self._description = key, description
         self._artifact: UUID | None = None
-        self._last_update = float("-inf")
+        self._last_update = self._last_event = float("-inf")
+        self._last_done = -1
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
@@ -55,6 +59,7 @@ class ProgressArtifact:
                 return
             self._last_update = now
             percent = 100.0 * done / total if total else 100.0
+            self._emit(done, now)
             text = f"{self._description}: {done} of {total}" + (f", {note}" if note else "")
             get_run_logger().info(text)
             if self._artifact is None:
@@ -63,6 +68,14 @@ class ProgressArtifact:
                 self._artifact = created
             else:
                 update_progress_artifact(self._artifact, progress=percent, description=text)
+
+    def _emit(self, done: int, now: float) -> None:
+        """Tell the server that the run gets on, at most once a minute and only if it does."""
+        if done <= self._last_done or now - self._last_event < MIN_SECONDS_BETWEEN_EVENTS:
+            return
+        self._last_event, self._last_done = now, done
+        run = runtime.flow_run.root_flow_run_id  # the run that a person or a schedule has started
+        emit_event(PROGRESS_EVENT, {"prefect.resource.id": f"prefect.flow-run.{run}"})
 
 
 @never_failing("a result")

@@ -1,18 +1,28 @@
-"""Prefect settings that belong to the project, as environment defaults: what the user sets always wins."""
+"""Prefect settings that belong to the project (tasks/prefect.toml), as environment defaults: the user's own win."""
 
 import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-SETTINGS = {
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the first start migrates a database: 20 s is short
-    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # never pickle
-    "PREFECT_CLIENT_MAX_RETRIES": "30",  # a server that restarts does not end a run of days
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-}
+FILE = Path(__file__).with_name("prefect.toml")
 
 
 def apply_settings() -> None:
-    """Set every setting that the environment leaves open. Call before `import prefect`."""
-    for name, value in SETTINGS.items():
+    """Set every setting that the environment leaves open. Call before `import prefect`.
+
+    Prefect reads `prefect.toml` from the current folder only; runs start in other folders, too.
+    """
+    for name, value in _flat(tomllib.loads(FILE.read_text("utf-8")), "PREFECT"):
         os.environ.setdefault(name, value)
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        name = f"{prefix}_{key.upper()}"
+        if isinstance(value, dict):
+            yield from _flat(value, name)
+        else:
+            yield name, str(value).lower() if isinstance(value, bool) else str(value)

@@ -60,9 +60,14 @@ def resume_crashed_runs() -> Automation:
 def install_automations(client: SyncPrefectClient) -> None:
     """Create both, or bring those of an earlier start up to date."""
     for automation in (crash_silent_runs(), resume_crashed_runs()):
-        content = AutomationCore.model_validate(automation.model_dump(exclude={"id", "owner_resource"}))
-        known = client.read_automations_by_name(automation.name)
-        if known:
-            client.update_automation(known[0].id, content)
-        else:
-            client.create_automation(content)
+        install(client, automation)
+
+
+def install(client: SyncPrefectClient, automation: Automation) -> None:
+    """Create an automation, or bring the one of its name up to date."""
+    content = AutomationCore.model_validate(automation.model_dump(exclude={"id", "owner_resource"}))
+    known = client.read_automations_by_name(automation.name)
+    if known:
+        client.update_automation(known[0].id, content)
+    else:
+        client.create_automation(content)

@@ -8,24 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.service.automations import install_automations
+from flows.service.deploy import POOL, ROOT, deploy, is_healthy
 from flows.service.record import read_record, remove_record, service_folder, write_record
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 from sdxl_core.processes import end_group
 
-POOL = "sdxl-flows"
-ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0
 WORKER_GRACE_S = 20.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -97,7 +92,8 @@ def _supervise(host: str, port: int) -> None:
         print(f"starting the Prefect server on {url} …", flush=True)
         with _child("server", server_command, environment) as server:
             _wait_healthy(url, server)
-            _deploy(url, environment)
+            print("deploying the flows …", flush=True)
+            deploy(url, environment)
             print("starting a worker …", flush=True)
             with _child("worker", worker_command, environment) as worker:
                 write_record(url=url, ready=True)
@@ -160,36 +156,6 @@ def _wait_healthy(url: str, server: Child) -> None:
     raise SdxlFlowsError(
         f"the Prefect server did not answer within {START_TIMEOUT_S:.0f} s; see {service_folder()}/server.log"
     )
-
-
-def is_healthy(url: str) -> bool:
-    """Whether a server answers there."""
-    try:
-        with urllib.request.urlopen(f"{url}/api/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def _deploy(url: str, environment: dict[str, str]) -> None:
-    print("deploying the flows …", flush=True)
-    with temporary_settings({PREFECT_API_URL: f"{url}/api"}), get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        install_automations(client)
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "--no-prompt",
-        "deploy",
-        "--prefect-file",
-        "deployments/prefect.yaml",
-        "--all",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SdxlFlowsError(f"the flows could not be deployed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def _keep_alive(children: list[tuple[str, list[str], Child]], environment: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ paths between stages follow from `out`, so `JobConfig` nests the options.
 from sdxl_core.config.job import JobConfig, JobSource
 from sdxl_core.config.latents import BucketOptions, CacheLatentsConfig, Dtype, LatentsOptions
 from sdxl_core.config.merge import Category, CleanStep, MergeJsonConfig, MergeTagsConfig, MergeTagsOptions
+from sdxl_core.config.notify import NotifyOptions, Occasion
 from sdxl_core.config.subset import SourceOptions, StatisticsConfig, SubsetConfig, SubsetHow, SubsetOptions
 from sdxl_core.config.train import TrainConfig, TrainOptions
 
@@ -22,6 +23,8 @@ __all__ = [
     "MergeJsonConfig",
     "MergeTagsConfig",
     "MergeTagsOptions",
+    "NotifyOptions",
+    "Occasion",
     "SourceOptions",
     "StatisticsConfig",
     "SubsetConfig",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from sdxl_core.config.latents import CacheLatentsConfig, LatentsOptions
 from sdxl_core.config.merge import MergeTagsConfig, MergeTagsOptions
+from sdxl_core.config.notify import NotifyOptions
 from sdxl_core.config.subset import SourceOptions, SubsetConfig, SubsetOptions
 from sdxl_core.config.train import TrainConfig, TrainOptions
 from sdxl_core.refs import SubsetRef
@@ -27,6 +28,7 @@ class JobConfig(Section):
     merge: MergeTagsOptions = Field(MergeTagsOptions(), description="tags and captions into one JSON")
     latents: LatentsOptions = Field(LatentsOptions(), description="the latent cache")
     train: TrainOptions = Field(TrainOptions(), description="fine-tuning")
+    notify: NotifyOptions = Field(NotifyOptions(), description="who is told how the run ended")
 
     def subset_config(self) -> SubsetConfig:
         how = "manifest" if self.subset.how == "auto" else self.subset.how

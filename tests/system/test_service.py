@@ -4,73 +4,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.service import Service
 
 pytestmark = pytest.mark.system
-ROOT = Path(__file__).parents[2]
-
-
-class Service:
-    """The command line over a service of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.environment = os.environ | {
-            "PREFECT_HOME": str(folder / "prefect"),
-            "SDXL_FLOWS_HOME": str(folder / "home"),
-            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
-        }
-
-    def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sdxl_core.cli", *argv]
-        return subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-        )
-
-    def prefect(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "prefect", *argv]
-        return subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-        )
-
-    def processes(self) -> list[int]:
-        """Every process that was started with this service's home."""
-        mark = f"SDXL_FLOWS_HOME={self.folder / 'home'}".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    if mark in (entry / "environ").read_bytes():
-                        found.append(int(entry.name))
-                except (FileNotFoundError, PermissionError, ProcessLookupError):
-                    continue
-        return found
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(tmp_path_factory.mktemp("service"))
-    started = service.command("up", "--detach", "--port", str(service.port))
-    try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        yield service
-    finally:
-        ended = service.command("down")
-        deadline = time.monotonic() + 30
-        while service.processes() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        left = service.processes()
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-    assert "down" in ended.stdout and not left
 
 
 @pytest.fixture
