@@ -1,8 +1,8 @@
 """Who is told about a run: Prefect's automations over its notification blocks, made from the job's `notify` section.
 
-An automation names the run itself: the server remembers a run's tags from its first event on, so a tag that a run gives
-itself is in none of its events. Those of runs that have ended are removed when the next run starts. The server evaluates
-them: a temporary one, gone with the run, tells nobody.
+An automation names the run itself: the server remembers a run's tags from its first event on, so a tag that a run
+gives itself is in none of its events. Those of runs that have ended are removed when the next run starts. The server
+evaluates them: a temporary one, gone with the run, tells nobody.
 """
 
 from __future__ import annotations
