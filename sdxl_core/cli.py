@@ -24,6 +24,7 @@ from sdxl_core.config import (
     SubsetConfig,
     TrainConfig,
 )
+from sdxl_core.config.convert import ConvertModelConfig
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 from sdxl_core.roots import ROOTS_VARIABLE
@@ -61,6 +62,12 @@ STAGES = {
     ),
     "train": Stage(
         TrainConfig, "sdxl_core.training.launch:launch_training", True, "fine-tune SDXL on the cached latents"
+    ),
+    "convert-model": Stage(
+        ConvertModelConfig,
+        "sdxl_core.models.convert:convert_model",
+        False,
+        "an SDXL model as one file, as a diffusers folder, or in another precision",
     ),
 }
 ATTENTION_WORDS = ("xformers", "diffusers-xformers", "mem-eff-attn", "sdpa")
@@ -107,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
             _add_catalog(commands, stage)
             continue
         command = _command(commands, name, stage.help, _stage, stage=stage, name=name)
-        _add_flow(command)
+        if name != "convert-model":  # minutes at most, nothing to resume
+            _add_flow(command)
         add_options(command, stage.config, all_optional=name == "subset")  # --explain needs no --out
         if name == "subset":
             command.add_argument(
@@ -266,7 +274,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _run_stage(config: Any, options: argparse.Namespace) -> None:
-    if options.flow:
+    if getattr(options, "flow", False):
         flows_cli().run_stage(options.name, config, as_json=options.as_json)
         return
     from sdxl_core.progress import terminal_progress

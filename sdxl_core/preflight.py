@@ -33,4 +33,8 @@ def check_job(job: JobConfig) -> None:
                 f"{key} = {value}: there is no such file or folder. Name a .safetensors file, a diffusers folder, "
                 f"or tiny."
             )
+    if job.train.base_model != "tiny":
+        from sdxl_core.models import check_base_model  # imports torch
+
+        check_base_model(job.train.base_model)
     resolve_devices(job.latents.devices)

@@ -6,7 +6,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from sdxl_core.refs import CatalogRef, CheckpointRef, LatentSetRef, MetadataRef, StatisticsRef, SubsetRef
+from sdxl_core.refs import CatalogRef, CheckpointRef, FileRef, LatentSetRef, MetadataRef, StatisticsRef, SubsetRef
 from sdxl_core.rejected import count_reasons, read_rejected
 
 
@@ -28,6 +28,11 @@ def _(ref: CatalogRef) -> str:
         + (f"; told by several sources, the first used: {doubled}" if doubled else "")
         + f" -> {ref.path}"
     )
+
+
+@describe.register
+def _(ref: FileRef) -> str:
+    return f"model: {ref.num_bytes / 1e6:,.1f} MB -> {ref.path}"
 
 
 @describe.register

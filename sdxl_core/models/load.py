@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from sdxl_core.models.key_names import (
     is_vae_attention,
     module_names,
     prefix_of,
-    to_original,
     vae_file_keys,
 )
 from sdxl_core.models.prediction import EPSILON, Prediction, prediction_of_file, prediction_of_scheduler
-from sdxl_core.models.presets import MODEL_COMPONENTS, PRESETS, Component, Preset, component_config
+from sdxl_core.models.presets import MODEL_COMPONENTS, PRESETS, Component, Preset, component_config, tensor_shapes
 from sdxl_core.models.recognise import refuse_differences, what_it_is
 from sdxl_core.models.weights import WeightFile, WeightFiles, Weights, component_files, header_digest, raw_bytes
 
@@ -120,6 +118,11 @@ def model_fingerprint(base_model: str) -> str:
     return digest_of(*(header_digest(file) for file in files))
 
 
+def check_base_model(base_model: str) -> None:
+    """Refuse what `load_models` would refuse, from headers alone, in a second. Raises: as `load_models`."""
+    load_models(base_model, parts=(), dtype=torch.float32)
+
+
 def base_prediction(base_model: str) -> Prediction:
     """What a base model says it predicts, from its header or scheduler config alone. Raises: as `load_models`."""
     if base_model == TINY:
@@ -149,7 +152,7 @@ def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -
         prefix = prefix_of(part)
         found = {key: shape for key, shape in file.shapes.items() if key.startswith(prefix)}
         refuse_differences(str(path), part, found, _original_shapes(part, preset))
-    tensors: dict[str, Mapping[str, Tensor]] = {"vae": _named_vae(file, preset, str(path))}
+    tensors: dict[str, Mapping[str, Tensor]] = {"vae": _named_vae(file, preset, str(path), read="vae" in wanted)}
     tensors |= {
         part: from_original(part, file, preset, _shapes(part, preset))
         for part in wanted
@@ -170,7 +173,7 @@ def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> S
     for part, weights in parts.items():
         if part == "vae":
             _refuse_scaling_factor(folder / part, preset)
-            tensors: Mapping[str, Tensor] = _named_vae(weights, preset, str(folder / part))
+            tensors: Mapping[str, Tensor] = _named_vae(weights, preset, str(folder / part), read=part in wanted)
         else:
             names = folder_names(part, {key: key for key in weights})
             found = {name: weights.shapes[key] for name, key in names.items()}
@@ -203,14 +206,19 @@ def _vae_tensors(vae: str) -> tuple[Preset, dict[str, Tensor]]:
     return preset, _named_vae(weights, preset, str(path))
 
 
-def _named_vae(weights: Weights, preset: Preset, where: str) -> dict[str, Tensor]:
-    """A VAE under diffusers names, its attention as matrices. Raises: CheckpointError: other tensors than SDXL's."""
+def _named_vae(weights: Weights, preset: Preset, where: str, *, read: bool = True) -> dict[str, Tensor]:
+    """A VAE under diffusers names, its attention as matrices; {} where it is only to be checked.
+
+    Raises: CheckpointError: other tensors than SDXL's.
+    """
     expected = _shapes("vae", preset)
     keys = vae_file_keys(weights.shapes, preset, expected)
     shapes = {name: weights.shapes[key] for name, key in keys.items()}
     matrices = {name for name, shape in shapes.items() if is_vae_attention(name) and shape[2:] == (1, 1)}
     shapes |= {name: shapes[name][:2] for name in matrices}
     refuse_differences(where, "vae", shapes, expected)
+    if not read:
+        return {}
     tensors = {name: weights[keys[name]] for name in expected}
     return {name: tensor[:, :, 0, 0] if name in matrices else tensor for name, tensor in tensors.items()}
 
@@ -265,19 +273,14 @@ def _folder_weights(folder: Path) -> WeightFiles:
     return WeightFiles([WeightFile(file) for file in component_files(folder)])
 
 
-@cache
 def _shapes(part: Component, preset: Preset) -> Mapping[str, tuple[int, ...]]:
     """Names (as in a diffusers folder) and shapes of a component."""
-    with torch.device("meta"):
-        state = _new_module(part, preset).state_dict()
-    return {key: tuple(tensor.shape) for key, tensor in folder_names(part, state).items()}
+    return tensor_shapes(preset, part)
 
 
-@cache
 def _original_shapes(part: Component, preset: Preset) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of a component in a single file."""
-    state = {key: torch.empty(shape, device="meta") for key, shape in _shapes(part, preset).items()}
-    return {key: tuple(tensor.shape) for key, tensor in to_original(part, state, preset).items()}
+    return tensor_shapes(preset, part, original=True)
 
 
 def _new_module(part: Component, preset: Preset) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, get_args
@@ -23,3 +25,11 @@ def component_config(preset: Preset, component: Component) -> dict[str, Any]:
     """A component's constructor arguments, as diffusers and transformers name them. A fresh dict each time."""
     config: dict[str, Any] = orjson.loads(_read(preset, component))
     return config
+
+
+@cache
+def tensor_shapes(preset: Preset, part: Component, *, original: bool = False) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of a model part as a diffusers folder has them, or (original) a single file."""
+    packed = files("sdxl_core.models").joinpath("configs", preset, "tensors.json.gz").read_bytes()
+    shapes = orjson.loads(gzip.decompress(packed))[part]["original" if original else "folder"]
+    return {key: tuple(shape) for key, shape in shapes.items()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdxl_core.errors import CheckpointError, ConfigError
-from sdxl_core.files import atomic_writer, write_atomic
+from sdxl_core.files import atomic_writer, digest_of, write_atomic
 from sdxl_core.models.key_names import LOGIT_SCALE, folder_names, to_original
 from sdxl_core.models.load import SdxlModels
 from sdxl_core.models.prediction import EPSILON
@@ -26,6 +26,7 @@ Precision = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _FORMAT_NAMES: dict[Precision, str] = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 FORMAT = {"format": "pt"}
+METADATA_FILE = "sdxl_flows.json"  # a diffusers folder has no place for metadata of its own
 
 
 def modelspec_metadata(
@@ -70,23 +71,31 @@ def save_single_file(path: Path, models: SdxlModels, *, precision: Precision, me
     return _write_safetensors(path, state, precision, FORMAT | dict(metadata) | said)
 
 
-def save_diffusers_folder(path: Path, models: SdxlModels, *, precision: Precision) -> None:
+def save_diffusers_folder(
+    path: Path, models: SdxlModels, *, precision: Precision, metadata: Mapping[str, str] | None = None
+) -> FileRef:
     """Write every loaded part, and the scheduler's config, as diffusers and transformers lay them out.
 
-    Each file is whole or not there. Raises: as `save_single_file`.
+    Each file is whole or not there; `metadata` is kept in a file of its own, written last.
+    Returns: the folder, the bytes of its weights, and a digest over them. Raises: as `save_single_file`.
     """
+    weights = []
     for part in MODEL_COMPONENTS:
         module = getattr(models, part)
         if module is None:
             continue
         from_transformers = part.startswith("text_encoder")
         name = "model.safetensors" if from_transformers else "diffusion_pytorch_model.safetensors"
-        _write_safetensors(path / part / name, folder_names(part, module.state_dict()), precision, FORMAT)
+        state = folder_names(part, module.state_dict())
+        weights.append(_write_safetensors(path / part / name, state, precision, FORMAT))
         config = module.config.to_json_string(use_diff=False) if from_transformers else module.to_json_string()
         write_atomic(path / part / "config.json", config.encode())
     config = component_config(models.preset, "scheduler") | models.prediction.scheduler_config()
     scheduler = orjson.dumps(config, option=orjson.OPT_INDENT_2)
     write_atomic(path / "scheduler" / "scheduler_config.json", scheduler)
+    write_atomic(path / METADATA_FILE, orjson.dumps(dict(metadata or {}), option=orjson.OPT_INDENT_2))
+    digest = digest_of(*(ref.sha256 for ref in weights))
+    return FileRef(path=path, sha256=digest, num_bytes=sum(ref.num_bytes for ref in weights))
 
 
 def _write_safetensors(

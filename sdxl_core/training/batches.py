@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from sdxl_core.config import TrainConfig
-from sdxl_core.errors import DataError
 from sdxl_core.latents import LatentStore
 from sdxl_core.models import component_config, time_ids, tokenize
 from sdxl_core.training.captions import CaptionRules, caption_text
 from sdxl_core.training.latent_view import LatentView, view_of
 from sdxl_core.training.objectives import NoiseDraw, Objective
 from sdxl_core.training.order import EpochPlan, Indices, batches_of_epoch, position_of_step, samples_of_rank
+from sdxl_core.training.preflight import check_record
 from sdxl_core.training.training_set import Sample, TrainingSet
 
 LOOK_AHEAD, NUM_THREADS = 4, 2
@@ -125,12 +125,7 @@ class BatchMaker:
 
     def _view(self, sample: Sample, epoch: int) -> LatentView:
         record = self._store.read(sample.key)
-        if record.bucket != (sample.width_px, sample.height_px):
-            raise DataError(
-                f"{self.config.latents}: the latents of {sample.key!r} are {record.latents.shape}, those of a picture "
-                f"of {record.bucket[0]}x{record.bucket[1]} px, but its bucket is {sample.width_px}x{sample.height_px}. "
-                f"They were made with another size or VAE: run cache-latents again into another folder."
-            )
+        check_record(self.config, sample, record)
         return view_of(record, key=sample.key, epoch=epoch, seed=self.config.seed, flip_aug=self.config.flip_aug)
 
 

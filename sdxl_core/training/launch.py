@@ -22,6 +22,7 @@ from sdxl_core.lock import output_lock
 from sdxl_core.processes import end_group
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import CheckpointRef
+from sdxl_core.training.preflight import check_training, check_writable
 from sdxl_core.training.processes import WATCH_STDIN, read_outcome
 from sdxl_core.training.result import finished_result, read_result
 from sdxl_core.training.training_set import read_training_set
@@ -40,7 +41,9 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
             TrainingError, CheckpointError, DiskFullError: the trainer gave up, in its words.
             TransientError: it was killed; calling again continues.
     """
+    check_writable(config)
     training_set = read_training_set(config)
+    check_training(config, training_set)
     _warn_of_prediction(config)
     config = config.model_copy(update={"use_cpu": _on_cpu(config)})
     state = config.out / "state"
