@@ -18,7 +18,9 @@ NOT_SHAPING = {
     "max_train_steps", "max_train_epochs", "output_name", "save_every_steps", "save_precision", "log_prefix",
     "sample_prompts", "sample_every_steps", "sample_inference_steps", "sample_guidance_scale", "sample_size_px",
     "num_processes", "use_cpu", "gradient_checkpointing", "metadata", "latents", "out", "base_model",
-    "train_batch_size",
+    "train_batch_size", "parallel", "torch_compile", "save_every_epochs", "save_every_minutes",
+    "keep_states", "save_model_every_steps", "save_model_every_epochs", "keep_models", "snapshot_every_steps",
+    "max_bad_steps",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sdxl_core.config.train.captions import CaptionOptions
 from sdxl_core.config.train.data import DataOptions
@@ -26,6 +26,23 @@ class TrainOptions(  # pydantic lists the fields of the last base first: so form
     RunOptions,
 ):
     """Everything the trainer can be told, except paths."""
+
+    @model_validator(mode="after")
+    def cached_texts_are_frozen(self) -> TrainOptions:
+        if self.cache_text_encoder_outputs and (self.learning_rate_te1 or self.learning_rate_te2):
+            raise ValueError("cache_text_encoder_outputs: a text encoder that trains has no outputs to keep")
+        if self.cache_text_encoder_outputs and self.shuffle_caption:
+            raise ValueError("cache_text_encoder_outputs: shuffle_caption makes new captions each epoch")
+        return self
+
+    @model_validator(mode="after")
+    def sharded_optimizers_are_elementwise(self) -> TrainOptions:
+        if self.parallel == "fsdp" and self.optimizer not in ("adamw", "adamw8bit", "pagedadamw8bit", "lion8bit"):
+            raise ValueError(
+                f"parallel = 'fsdp' divides weights among processes; {self.optimizer} needs whole ones. Choose adamw, "
+                f"adamw8bit, pagedadamw8bit or lion8bit, or parallel = 'ddp'"
+            )
+        return self
 
 
 class TrainConfig(TrainOptions):

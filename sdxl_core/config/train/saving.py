@@ -12,6 +12,31 @@ from sdxl_core.sections import Section
 class SavingOptions(Section):
     output_name: str = Field("last", pattern=r"^[A-Za-z0-9._-]+$", description="file name of the trained model")
     save_every_steps: int = Field(0, ge=0, description="write the resumable state every this many steps; 0: at the end")
+    save_every_epochs: int = Field(0, ge=0, description="write the resumable state every this many epochs; 0: do not")
+    save_every_minutes: float = Field(0, ge=0, description="write the resumable state this often; 0: do not")
+    keep_states: int = Field(2, ge=2, description="how many resumable states are kept")
+    save_model_every_steps: int = Field(
+        0, ge=0, description="write a state and a model file every this many steps; 0: only at the end"
+    )
+    save_model_every_epochs: int = Field(
+        0, ge=0, description="write a state and a model file every this many epochs; 0: only at the end"
+    )
+    keep_models: int = Field(0, ge=0, description="how many of these model files are kept, besides the last; 0: all")
+    max_bad_steps: int = Field(
+        0,
+        ge=0,
+        description="steps whose loss or gradient is not finite (or spikes) are left out, this many of any 1,000; one "
+        "more ends the run. 0: the first one does",
+    )
+    spike_factor: float = Field(
+        0.0,
+        ge=0,
+        description="a step is bad, too, where its gradient norm (fused_backward: its loss) is this many times the "
+        "running average; 0 is off",
+    )
+    snapshot_every_steps: int = Field(
+        100, ge=1, description="with fused_backward: a copy in main memory to go back to, at most this many steps old"
+    )
     save_precision: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the .safetensors")
 
 
