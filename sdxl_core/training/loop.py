@@ -5,59 +5,45 @@ Everything random is keyed by the step (order, captions, noise, rounding), so co
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import orjson
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
 
 from sdxl_core.config import TrainConfig
-from sdxl_core.errors import ConfigError, TrainingError
-from sdxl_core.files import write_atomic
+from sdxl_core.errors import ConfigError
 from sdxl_core.models import component_config
 from sdxl_core.refs import CheckpointRef
-from sdxl_core.training.batches import BatchMaker, MicroBatch
+from sdxl_core.training.batches import BatchMaker
 from sdxl_core.training.denoiser import Denoiser
+from sdxl_core.training.guard import Guard
 from sdxl_core.training.loss_average import LossAverage
-from sdxl_core.training.objectives import Objective
-from sdxl_core.training.optimizer import SlotOptimizer, clip_factor, gradient_norm
+from sdxl_core.training.optimizer import SlotOptimizer
 from sdxl_core.training.order import EpochPlan
-from sdxl_core.training.parts import TrainedModels, load_trained_models, save_checkpoint
+from sdxl_core.training.parallel import replicate, shard
+from sdxl_core.training.parts import load_trained_models, model_path, save_checkpoint
 from sdxl_core.training.previews import preview_path, preview_steps, write_previews
-from sdxl_core.training.processes import ProgressFile, StopSignal
+from sdxl_core.training.processes import StopSignal
 from sdxl_core.training.result import run_settings, write_result
+from sdxl_core.training.run_state import RunState
+from sdxl_core.training.saving import Saver, SaveTimes, remove_old_models
 from sdxl_core.training.schedules import lr_schedule
-from sdxl_core.training.state import Snapshot, load_newest, save_snapshot
+from sdxl_core.training.state import Snapshot, load_newest, read_generation, remove_partials
+from sdxl_core.training.stepping import Gathered, Stepper, StepResult
 from sdxl_core.training.training_set import TrainingSet, read_training_set
+from sdxl_core.training.updates import Updater
+from sdxl_core.training.watch import Watch, memory_gb
 
-LOG_EVERY_S = 10.0
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What a step did, the same on every process. `stop`: a process was asked to leave."""
-
-    loss: float
-    grad_norm: float
-    update_share: float | None
-    num_samples: int
-    stop: bool
 
 
 def train(config: TrainConfig, *, stop: StopSignal) -> bool:
     """Train from the newest state to the end. Returns False where `stop` ended it early (its state is saved).
 
-    Raises: ConfigError, DataError, CheckpointError, DiskFullError.   TrainingError: the loss is not finite.
+    Raises: ConfigError, DataError, CheckpointError, DiskFullError.   TrainingError: too many losses are not finite.
     """
     accelerator = make_accelerator(config)
     training_set = read_training_set(config)
@@ -79,7 +65,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         cpu=bool(config.use_cpu),
         log_with="tensorboard",
         project_dir=str(config.out / "tensorboard"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != config.num_processes:
         raise ConfigError(
@@ -104,9 +89,48 @@ class Run:
         self.state = config.out / "state"
         self.total = config.max_train_epochs * plan.num_steps if config.max_train_epochs else config.max_train_steps
         self.settings = run_settings(config, training_set)
-        snapshot = load_newest(self.state, settings=self.settings)
-        self.models: TrainedModels = load_trained_models(config, device=accelerator.device)
-        self.optimizer = SlotOptimizer(
+        generation = load_newest(self.state, settings=self.settings)
+        self.models = load_trained_models(config, device=accelerator.device)
+        self.denoiser: Denoiser = self.models.denoiser
+        self.is_sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
+        self.writes = self.is_sharded or accelerator.is_main_process  # states, or its part of them
+        model = self._divided()
+        self.updater = self._updater()
+        self.guard = Guard(
+            max_bad_steps=config.max_bad_steps, spike_factor=config.spike_factor, metadata_name=config.metadata.name
+        )
+        self.average = LossAverage(plan.num_steps)
+        rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if self.is_sharded else (0, 1)
+        self.run_state = RunState(
+            self.updater, config=config, settings=self.settings, digest=training_set.digest, average=self.average,
+            guard=self.guard, rank=rank, writes=self.writes,
+        )  # fmt: skip
+        self.saver = Saver(self.state, keep=config.keep_states, rank=rank, num_ranks=num_ranks)
+        self.save_times = SaveTimes(config, steps_per_epoch=plan.num_steps)
+        self.start = self.run_state.restore(generation) if generation else 0
+        self.safe: Snapshot | None = None
+        self.batches = BatchMaker(training_set, plan, config, rank=accelerator.process_index)
+        self.watch = Watch(config, accelerator, settings=self.settings, total=self.total)
+        self.stepper = Stepper(
+            model, self.updater, config=config, accelerator=accelerator, batches=self.batches, guard=self.guard,
+            ema=self.run_state.ema, save_is_due=self.save_times.minutes_are_over,
+            scaling_factor=float(component_config(self.models.preset, "vae")["scaling_factor"]),
+        )  # fmt: skip
+        self.time = self.stepper.time
+
+    def _divided(self) -> torch.nn.Module:
+        if self.config.torch_compile:
+            self.denoiser.unet.compile()
+        if self.is_sharded:
+            shard(self.denoiser, device=self.accelerator.device)
+            self.models = self.models.regrouped()
+        elif self.accelerator.num_processes > 1:
+            return replicate(self.denoiser, device=self.accelerator.device)
+        return self.denoiser
+
+    def _updater(self) -> Updater:
+        config = self.config
+        optimizer = SlotOptimizer(
             self.models.groups,
             kind=config.optimizer,
             betas=config.adam_betas,
@@ -116,24 +140,17 @@ class Run:
             arguments=config.optimizer_args,
             rounding=config.weights_rounding,
         )
-        self.average = LossAverage(plan.num_steps)
-        self.start = self._restore(snapshot) if snapshot else 0
-        self.denoiser: Denoiser = self.models.denoiser
-        self.model = accelerator.prepare_model(self.denoiser)
         self.lr_factor = lr_schedule(config, total_steps=self.total)
-        self.objective = Objective(config, device=accelerator.device)
-        self.scaling_factor = float(component_config(self.models.preset, "vae")["scaling_factor"])
-        self.batches = BatchMaker(training_set, plan, config, rank=accelerator.process_index)
-        self.progress = ProgressFile(self.state)
-        self.last_line_s = float("-inf")
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.models.groups for parameter in group.parameters]
+        updater = Updater(optimizer, self.models.groups, max_grad_norm=config.max_grad_norm, lr_factor=self.lr_factor)
+        if config.fused_backward:
+            updater.fuse()
+        return updater
 
     def to_the_end(self, stop: StopSignal) -> bool:
-        """Every step that is left. Returns False where `stop` ended it."""
-        config = self.config
+        """Every step that is left. Returns False where `stop` ended it; its state is saved then.
+
+        Raises: ConfigError: nothing is left.   TrainingError: too many bad steps.   DiskFullError.
+        """
         if self.start > self.total:
             raise ConfigError(
                 f"{self.state}: is at step {self.start} already; max_train_steps = {self.total} lies behind that. "
@@ -144,170 +161,125 @@ class Run:
             self.plan.num_samples, len(self.plan.buckets), self.plan.num_steps, self.start, self.total,
             self.accelerator.num_processes, self.accelerator.device,
         )  # fmt: skip
-        self._start_log()
-        preview_at = set(preview_steps(config, self.total)) - {self.total}
-        began_s = time.monotonic()
-        for step, batches in enumerate(self.batches.steps(self.start, self.total), self.start):
-            result = self.step(step, batches, stop)
-            done = step + 1
-            self._report(step, result, seconds=time.monotonic() - began_s)
-            if done in preview_at:
-                self._on_main(lambda step=done: write_previews(self.denoiser, config, step=step))
-            if result.stop or done == self.total or (config.save_every_steps and done % config.save_every_steps == 0):
-                self._save(done)
-            if result.stop and done < self.total:
-                logger.info("asked to stop: state saved at step %d of %d", done, self.total)
-                return False
-            began_s = time.monotonic()
-        return True
+        self._on_main(lambda: remove_partials(self.state))
+        self.watch.start(self.start)
+        step, stopped = self.start, False
+        while step < self.total and not stopped:
+            step, stopped = self._run_from(step, stop)
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
+        return step == self.total
 
-    def step(self, step: int, batches: list[MicroBatch], stop: StopSignal) -> StepResult:
-        """One optimizer step over its micro-batches. The loss of a step is the mean over all its samples, everywhere.
+    def _run_from(self, start: int, stop: StopSignal) -> tuple[int, bool]:
+        """Steps from `start` to the end, to a stop, or to one that the run has to go back for.
 
-        Raises: TrainingError: loss or gradients are not finite; nothing was applied.
+        Returns after how many steps it is, and whether it was asked to stop.
         """
-        num_samples = sum(len(batch) for batch in self.batches.global_batches(step))
-        rows = []
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.losses(batch)[: batch.num_counted] if batch.num_counted else self.losses(batch) * 0.0
-                share = self.accelerator.num_processes / num_samples  # data parallelism averages over processes
-                self.accelerator.backward(losses.sum() * share)
-            row = torch.zeros(self.config.train_batch_size, device=self.accelerator.device)
-            row[: batch.num_counted] = losses.detach()[: batch.num_counted]
-            rows.append(row)
-        flag = torch.tensor([float(stop.received)], device=self.accelerator.device)
-        gathered = self.accelerator.gather(torch.cat([*rows, flag])).view(self.accelerator.num_processes, -1).cpu()
-        loss = float(gathered[:, :-1].double().sum()) / num_samples
-        norm = gradient_norm(self.parameters)
-        self._check_finite(step, gathered[:, :-1].view(len(gathered), len(batches), -1), float(norm))
-        update_share = self.optimizer.step(
-            step=step,
-            lr_factor=self.lr_factor(step),
-            grad_factor=clip_factor(norm, max_norm=self.config.max_grad_norm),
-        )
-        return StepResult(
-            loss=loss,
-            grad_norm=float(norm),
-            update_share=update_share,
-            num_samples=num_samples,
-            stop=bool(gathered[:, -1].any()),
-        )
+        preview_at = set(preview_steps(self.config, self.total)) - {self.total}
+        feed = self.batches.steps(start, self.total)
+        for step in range(start, self.total):
+            self._keep_safe(step)
+            began_s = time.monotonic()
+            with self.time("data"):
+                batches = next(feed)
+            result = None if self.guard.is_known_bad(step) else self.stepper.step(step, batches, stop)
+            if result is None or result.fault:
+                if result is not None and result.moved:
+                    assert self.safe is not None
+                    return self.run_state.go_back(self.safe), False
+                self.average.add(step, self.average.value)
+            else:
+                self._account(step, result, began_s=began_s)
+            done = step + 1
+            if done in preview_at:
+                self._previews(done)
+            asked = result.gathered if result else Gathered(losses={}, stop=False, save=False)
+            if asked.stop or asked.save or done == self.total or self.save_times.state_is_due(done):
+                self._save(done)
+            if asked.stop and done < self.total:
+                logger.info("asked to stop: state saved at step %d of %d", done, self.total)
+                return done, True
+        return self.total, False
 
-    def losses(self, batch: MicroBatch) -> Tensor:
-        """Loss of each sample of a micro-batch, float32 [B], with gradient."""
-        device = self.accelerator.device
-        latents = batch.latents.to(device) * self.scaling_factor
-        draw = batch.draw.to(device)
-        prediction = self.model(
-            self.objective.noisy(latents, draw),
-            draw.timesteps,
-            batch.clip_l.to(device),
-            batch.clip_g.to(device),
-            batch.time_ids.to(device),
-        )
-        mask = None if batch.mask is None else batch.mask.to(device)
-        return self.objective.losses(prediction, latents, draw, mask)
-
-    def _check_finite(self, step: int, losses: Tensor, norm: float) -> None:
-        """losses: [process, micro-batch, sample]."""
-        if math.isfinite(norm) and bool(losses.isfinite().all()):
-            return
-        keys = self.batches.keys_of(step)
-        named = {
-            key: float(losses[process, number, i])
-            for process, parts in enumerate(keys)
-            for number, part in enumerate(parts)
-            for i, key in enumerate(part)
-        }
-        guilty = {key: loss for key, loss in named.items() if not math.isfinite(loss)} or named
-        listed = ", ".join(f"{key!r} (loss {loss:.4g})" for key, loss in list(guilty.items())[:5])
-        raise TrainingError(
-            f"step {step + 1}: the loss or its gradient is not finite (gradient norm {norm:.4g}), seen on {listed}. "
-            f"Nothing of this step was applied. If the latents of these pictures hold NaN, take them out of "
-            f"{self.config.metadata.name}; otherwise lower learning_rate. Then train into another out folder."
-        )
-
-    def _report(self, step: int, result: StepResult, *, seconds: float) -> None:
-        self.average.add(step, result.loss)
-        images_per_s = result.num_samples / seconds
+    def _account(self, step: int, result: StepResult, *, began_s: float) -> None:
+        """Of a step that was applied."""
+        if self.run_state.ema is not None:
+            self.run_state.ema.after_step(step + 1)
+        loss = result.gathered.loss
+        self.average.add(step, loss)
         factor = self.lr_factor(step)
         scalars = {
-            "loss": result.loss,
+            "loss": loss,
             "avr_loss": self.average.value,
             "grad_norm": result.grad_norm,
-            "images_per_s": images_per_s,
+            "images_per_s": len(result.gathered.losses) / (time.monotonic() - began_s),
+            "memory_gb": memory_gb(self.accelerator.device),
             **{f"lr/{group.name}": group.learning_rate * factor for group in self.models.groups},
+            **{f"seconds/{stage}": seconds for stage, seconds in self.time.take().items()},
         }
         if result.update_share is not None:
             scalars["update_share"] = result.update_share
-        self.accelerator.log(scalars, step=step + 1)
-        if not self.accelerator.is_main_process:
+        self.watch.report(step + 1, scalars)
+
+    def _keep_safe(self, step: int) -> None:
+        """Before step `step`: a copy to go back to, where one may be needed and the last is too old."""
+        config = self.config
+        if not (config.fused_backward and config.max_bad_steps):
             return
-        self.progress.write(
-            step=step + 1, total=self.total, loss=result.loss, avr_loss=self.average.value, images_per_s=images_per_s
-        )
-        if time.monotonic() - self.last_line_s >= LOG_EVERY_S or step + 1 == self.total:
-            self.last_line_s = time.monotonic()
-            logger.info(
-                "step %d/%d loss %.4f avr_loss %.4f grad_norm %.3g %.2f images/s",
-                step + 1, self.total, result.loss, self.average.value, result.grad_norm, images_per_s,
-            )  # fmt: skip
+        if self.safe is None or step - self.safe.step >= config.snapshot_every_steps:
+            self.saver.wait()
+            self.safe = None  # never two of them
+            with self.time("save"):
+                self.safe = self.run_state.snapshot(step)
+            self.stepper.back_to = step
 
-    def _start_log(self) -> None:
-        """Open the TensorBoard run: the one this run had before, cut after the step we continue from."""
-        name = f"{self.config.log_prefix}{datetime.now(UTC):%Y%m%d%H%M%S}"
-        record = self.state / "run.json"
-        if record.exists():
-            known: dict[str, Any] = orjson.loads(record.read_bytes())
-            if known["settings"] == self.settings:
-                name = known["tensorboard"]
-        if self.accelerator.is_main_process:
-            write_atomic(record, orjson.dumps({"tensorboard": name, "settings": self.settings}))
-        self.accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": self.start + 1}})
+    def _save(self, done: int) -> None:
+        with self.time("save"):
+            self.save_times.saved()
+            if not self.writes:
+                return
+            self.saver.wait()
+            snapshot = self.run_state.snapshot(done)
+            name = self.save_times.model_name(done) if done < self.total else ""
+            self.saver.submit(snapshot, then=self._model_writer(name) if name else None)
 
-    def _save(self, step: int) -> None:
-        def save() -> None:
-            scalars = {"optimizer": self.optimizer.state_scalars(), "loss_total": self.average.total}
-            tensors = {
-                "weights": self.models.trained_tensors(),
-                "optimizer": self.optimizer.state_tensors(),
-                "losses": {"window": self.average.window()},
-            }
-            save_snapshot(self.state, Snapshot(step=step, settings=self.settings, scalars=scalars, tensors=tensors))
+    def _model_writer(self, name: str) -> Callable[[Path], None]:
+        def write(generation: Path) -> None:
+            path = self.config.out / "model" / name
+            save_checkpoint(read_generation(generation, verify=False), path=path)
+            remove_old_models(path.parent, self.config)
 
-        self._on_main(save)
+        return write
 
-    def _restore(self, snapshot: Snapshot) -> int:
-        self.models.load_trained_tensors(dict(snapshot.tensors["weights"]))
-        self.optimizer.load_state(dict(snapshot.tensors["optimizer"]), snapshot.scalars["optimizer"])
-        self.average.load(snapshot.tensors["losses"]["window"], snapshot.scalars["loss_total"])
-        return snapshot.step
-
-    def _on_main(self, work: Any) -> None:
+    def _on_main(self, work: Callable[[], None]) -> None:
         if self.accelerator.is_main_process:
             work()
         self.accelerator.wait_for_everyone()
 
+    def _previews(self, step: int) -> None:
+        """Of divided weights every process makes them, because every process is needed; one writes them."""
+        if self.writes:
+            write_previews(self.denoiser, self.config, step=step, keep=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+
     def finish(self) -> None:
         """Previews, the single-file checkpoint, and last the record that says all is done."""
+        if preview_steps(self.config, self.total):
+            self._previews(self.total)
         self._on_main(self._finish)
 
     def _finish(self) -> None:
         config = self.config
+        generation = read_generation(self.state / f"step-{self.total:08d}", verify=False)
         steps = preview_steps(config, self.total)
-        if steps:
-            write_previews(self.denoiser, config, step=self.total)
-        file = save_checkpoint(self.models, config, digest=self.training_set.digest, num_steps=self.total)
         paths = [preview_path(config, step, i) for step in steps for i in range(len(config.sample_prompts))]
         write_result(
             config,
             self.settings,
             CheckpointRef(
-                file=file,
+                file=save_checkpoint(generation, path=model_path(config), config=config),
                 state=self.state,
-                tensorboard=self._tensorboard(),
+                tensorboard=self.watch.tensorboard(),
                 samples=tuple(path for path in paths if path.exists()),
                 num_steps=self.total,
                 num_images=self.plan.num_samples,
@@ -315,7 +287,3 @@ class Run:
                 parents=(self.training_set.digest, self.settings["base_model"]),
             ),
         )
-
-    def _tensorboard(self) -> Path:
-        name: str = orjson.loads((self.state / "run.json").read_bytes())["tensorboard"]
-        return self.config.out / "tensorboard" / name

@@ -112,4 +112,5 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     squared = torch.linalg.vector_norm(torch.stack(norms)).square()
     if any(local(gradient) is not gradient for gradient in gradients):
         dist.all_reduce(squared)
-    return squared.sqrt()
+    joint: Tensor = squared.sqrt()
+    return joint

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdxl_core.config import TrainConfig
-from sdxl_core.errors import CheckpointError
+from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.lineage import lineage_metadata
 from sdxl_core.models import Prediction, SdxlModels, load_models, modelspec_metadata, save_single_file
+from sdxl_core.models.presets import Preset
 from sdxl_core.refs import FileRef
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.optimizer import ParameterGroup
+from sdxl_core.training.parallel import Piece
 from sdxl_core.training.rates import PARTS, freeze_blocks, learning_rates, parameter_groups
+from sdxl_core.training.reshard import gather_piece
+from sdxl_core.training.state import Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,23 +33,20 @@ class TrainedModels:
     groups: tuple[ParameterGroup, ...]
     preset: Any
 
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """The trained parameters by name, in the dtype they are trained in."""
-        return {
-            name: parameter.detach()
-            for group in self.groups
-            for name, parameter in zip(group.names, group.parameters, strict=True)
+    def regrouped(self) -> TrainedModels:
+        """The same after FSDP2 has replaced the modules' parameters by divided ones."""
+        current = {
+            f"{PARTS[part]}.{name}": parameter
+            for part in PARTS
+            for name, parameter in getattr(self.denoiser, part).named_parameters()
         }
+        groups = (replace(group, parameters=tuple(current[name] for name in group.names)) for group in self.groups)
+        return replace(self, groups=tuple(groups))
 
-    def load_trained_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Put saved parameters in place. Raises: CheckpointError: other names or shapes than are trained here."""
-        parameters = self.trained_tensors()
-        if {name: value.shape for name, value in parameters.items()} != {k: v.shape for k, v in tensors.items()}:
-            raise CheckpointError(
-                "the saved weights are of another model than base_model. Train into another out folder."
-            )
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+
+def model_path(config: TrainConfig) -> Path:
+    """Where the trained model goes."""
+    return config.out / "model" / f"{config.output_name}.safetensors"
 
 
 def load_trained_models(config: TrainConfig, *, device: torch.device) -> TrainedModels:
@@ -61,17 +65,51 @@ def load_trained_models(config: TrainConfig, *, device: torch.device) -> Trained
         wanted = tuple(part for part in PARTS if dtypes[part] == dtype)
         models = load_models(config.base_model, parts=wanted, dtype=dtype)
         modules |= {part: getattr(models, part).to(device) for part in wanted}
-    for part, module in modules.items():
-        module.requires_grad_(bool(rates[part])).train(bool(rates[part]))
-    freeze_blocks(modules["unet"], config, models.preset)
-    _freeze_unused(modules["text_encoder"])
-    if config.gradient_checkpointing:
-        modules["unet"].enable_gradient_checkpointing()
-        for part in ("text_encoder", "text_encoder_2"):
-            if rates[part]:
-                _checkpoint_activations(modules[part])
+    choose_trained(modules, config, models.preset)
+    checkpoint_activations(modules, config)
     groups = parameter_groups(modules, config, models.preset)
     return TrainedModels(denoiser=Denoiser(**modules), groups=groups, preset=models.preset)
+
+
+def choose_trained(modules: Mapping[str, Any], config: TrainConfig, preset: Preset) -> None:
+    """Give gradients to what trains, and to nothing else: parts and blocks with a rate, less what `freeze` names.
+
+    Raises: ConfigError: a pattern that fits no weight, or nothing is left to train.
+    """
+    rates = learning_rates(config)
+    for part, module in modules.items():
+        module.requires_grad_(bool(rates[part])).train(bool(rates[part]))
+    freeze_blocks(modules["unet"], config, preset)
+    _freeze_unused(modules["text_encoder"])
+    named = {f"{PARTS[part]}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+    for pattern in config.freeze:
+        found = fnmatch.filter(named, pattern)
+        if not found:
+            raise ConfigError(
+                f"freeze: no weight is named like {pattern!r}. Names are diffusers' with the part in front, such as "
+                f"unet.down_blocks.1.attentions.0.proj_in.weight; * stands for any characters."
+            )
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise ConfigError("freeze: these patterns leave nothing to train. Take some of them out.")
+
+
+def checkpoint_activations(modules: Mapping[str, Any], config: TrainConfig) -> None:
+    """Switch on what `gradient_checkpointing` says: diffusers' switch for each block, transformers' for an encoder."""
+    mode, rates = config.gradient_checkpointing, learning_rates(config)
+    if mode == "none":
+        return
+    unet = modules["unet"]
+    unet.enable_gradient_checkpointing()
+    if mode == "blocks":
+        for module in unet.modules():
+            if hasattr(module, "gradient_checkpointing") and type(module).__name__ != "Transformer2DModel":
+                module.gradient_checkpointing = False
+        return
+    for part in ("text_encoder", "text_encoder_2"):
+        if rates[part]:
+            _checkpoint_activations(modules[part])
 
 
 def _checkpoint_activations(text_encoder: Any) -> None:
@@ -88,22 +126,42 @@ def _freeze_unused(text_encoder: nn.Module) -> None:
     encoder.final_layer_norm.requires_grad_(False)
 
 
-def save_checkpoint(models: TrainedModels, config: TrainConfig, *, digest: str, num_steps: int) -> FileRef:
-    """Write `model/<output_name>.safetensors`: trained parts as trained, all others exactly as in the base model.
+def save_checkpoint(
+    generation: Generation,
+    *,
+    path: Path,
+    config: TrainConfig | None = None,
+    weights: Literal["weights", "ema"] = "weights",
+) -> FileRef:
+    """Write a saved state as a single file: trained parts as trained, all others exactly as in the base model.
 
-    `digest`: of the training set, for the metadata. Raises: DiskFullError, DataError.
+    Args:   config: of the run, left out: as the state has it.   weights: "ema": the averaged ones.
+    Raises: CheckpointError: the state has no such weights.   DiskFullError, DataError.
     """
+    config = config or TrainConfig.model_validate(generation.scalars["config"])
+    if weights not in generation.tensors:
+        raise CheckpointError(f"{generation.path}: holds no averaged weights; the run had no ema_decay.")
     rates = learning_rates(config)
-    frozen = tuple(part for part in ("unet", "text_encoder", "text_encoder_2", "vae") if not rates.get(part))
+    dtype = torch.float32 if weights == "ema" else getattr(torch, config.weights_dtype)
+    trained = tuple(part for part in PARTS if rates[part])
+    frozen = tuple(part for part in (*PARTS, "vae") if part not in trained)
     base = load_models(config.base_model, parts=frozen, dtype=torch.float32)
-    parts = {part: getattr(base if part in frozen else models.denoiser, part) for part in (*PARTS, "vae")}
-    prediction = Prediction(config.prediction_type, config.zero_terminal_snr)
-    whole = SdxlModels(**parts, preset=base.preset, logit_scale=base.logit_scale, prediction=prediction)
+    moved = load_models(config.base_model, parts=trained, dtype=dtype)
+    for part in trained:
+        for key, parameter in getattr(moved, part).named_parameters():
+            name = f"{PARTS[part]}.{key}"
+            if any(name in saved.tensors[weights] for saved in generation.parts):
+                whole = Piece(offset=0, count=parameter.numel(), total=parameter.numel())
+                parameter.data = gather_piece(generation, weights, name, whole).view(parameter.shape)
+    parts = {part: getattr(base if part in frozen else moved, part) for part in (*PARTS, "vae")}
     metadata = modelspec_metadata(title=config.output_name) | {
         "sdxl_flows.config": config.model_dump_json(),
-        "sdxl_flows.dataset_digest": digest,
-        "sdxl_flows.steps": str(num_steps),
+        "sdxl_flows.dataset_digest": generation.scalars["dataset_digest"],
+        "sdxl_flows.steps": str(generation.step),
         **lineage_metadata(config),
     }
-    path = config.out / "model" / f"{config.output_name}.safetensors"
-    return save_single_file(path, whole, precision=config.save_precision, metadata=metadata)
+    if weights == "ema":
+        metadata["sdxl_flows.weights"] = "ema"
+    prediction = Prediction(config.prediction_type, config.zero_terminal_snr)
+    whole_model = SdxlModels(**parts, preset=base.preset, logit_scale=base.logit_scale, prediction=prediction)
+    return save_single_file(path, whole_model, precision=config.save_precision, metadata=metadata)

@@ -31,8 +31,8 @@ def preview_path(config: TrainConfig, step: int, number: int) -> Path:
 
 
 @torch.no_grad()
-def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int) -> list[Path]:
-    """One picture a prompt. The base model's VAE is loaded for this and let go again."""
+def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int, keep: bool = True) -> list[Path]:
+    """One picture a prompt; `keep`: they are written. The base model's VAE is loaded for this and let go again."""
     device = next(denoiser.parameters()).device
     vae: Any = load_models(config.base_model, parts=("vae",), dtype=torch.float32).vae
     vae.to(device)
@@ -43,7 +43,8 @@ def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int) -> lis
         )
         pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         path = preview_path(config, step, number)
-        _save(pixels, path)
+        if keep:
+            _save(pixels, path)
         paths.append(path)
     return paths
 

@@ -111,8 +111,10 @@ def test_tensorboard_shows_losses_and_rates_by_part(undisturbed: TrainConfig) ->
     points = scalars(undisturbed)
     assert set(points) == {
         "loss", "avr_loss", "grad_norm", "images_per_s", "update_share", "lr/unet", "lr/text_encoder1",
-        "lr/text_encoder2",
+        "lr/text_encoder2", "memory_gb", "seconds/data", "seconds/forward", "seconds/backward", "seconds/sync",
+        "seconds/optimizer", "seconds/save",
     }  # fmt: skip
+    assert all(value > 0 for name in ("memory_gb", "seconds/forward", "seconds/optimizer") for _, value in points[name])
     assert [step for step, _ in points["loss"]] == [1, 2, 3, 4, 5]
     assert [value for _, value in points["lr/unet"]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
     assert points["lr/text_encoder2"][-1][1] == pytest.approx(1e-4)

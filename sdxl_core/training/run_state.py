@@ -1,0 +1,127 @@
+"""All that moves during a run, as one thing that is copied to main memory, saved, and put back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdxl_core.config import TrainConfig
+from sdxl_core.errors import CheckpointError
+from sdxl_core.training.ema import Ema
+from sdxl_core.training.guard import Guard
+from sdxl_core.training.loss_average import LossAverage
+from sdxl_core.training.parallel import Piece, local
+from sdxl_core.training.reshard import gather_piece, optimizer_states
+from sdxl_core.training.state import Generation, Snapshot
+from sdxl_core.training.updates import Updater
+
+logger = logging.getLogger(__name__)
+
+
+class RunState:
+    """Weights, optimizer states, averages and the guard's memory: what this process holds of them."""
+
+    def __init__(
+        self,
+        updater: Updater,
+        *,
+        config: TrainConfig,
+        settings: dict[str, Any],
+        digest: str,
+        average: LossAverage,
+        guard: Guard,
+        rank: int,
+        writes: bool,
+    ) -> None:
+        """`settings`: `run_settings`; `digest`: of the training set.   writes: does this process save anything?"""
+        self._updater, self._settings, self._rank = updater, settings, rank
+        self._about = {"config": config.model_dump(mode="json"), "dataset_digest": digest}
+        self.average, self.guard = average, guard
+        self.weights = {name: local(parameter.detach()) for _, name, parameter in updater.walk()}
+        self.ema: Ema | None = None
+        if config.ema_decay is not None and writes:
+            held = {name: value for name, value in self.weights.items() if value.numel()}
+            self.ema = Ema(held, decay=config.ema_decay, every=config.ema_every_steps)
+        self._is_divided = any(piece.count < piece.total for piece in updater.pieces.values())
+
+    def snapshot(self, step: int) -> Snapshot:
+        """A copy in main memory of the run after `step` steps."""
+        optimizer = self._updater.optimizer
+        tensors = {"weights": _copied(self.weights), "optimizer": _copied(optimizer.state_tensors())}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors()
+        if self._rank == 0:
+            tensors["losses"] = {"window": self.average.window()}
+        scalars = {
+            "optimizer": optimizer.state_scalars(),
+            "loss_total": self.average.total,
+            "guard": self.guard.state(),
+            **self._about,
+        }
+        pieces = self._updater.pieces if self._is_divided else {}
+        return Snapshot(step=step, settings=self._settings, scalars=scalars, tensors=tensors, pieces=pieces)
+
+    def restore(self, generation: Generation) -> int:
+        """Continue from a saved state, written by however many processes. Returns its step.
+
+        Raises: CheckpointError: of another model, or with states that cannot be divided otherwise.
+        """
+        pieces = self._updater.pieces
+        self._check_names({name: _total(part, name) for part in generation.parts for name in part.tensors["weights"]})
+        for name, weights in self.weights.items():
+            weights.copy_(gather_piece(generation, "weights", name, pieces[name]).view_as(weights))
+        shapes = {name: weights.shape for name, weights in self.weights.items()}
+        tensors, scalars, measured = optimizer_states(generation, pieces, shapes)
+        self._updater.optimizer.load_state(tensors, scalars)
+        if measured.total:
+            logger.info(
+                "the 8-bit optimizer states were saved by another number of processes and are quantised anew: "
+                "relative error %.2g", measured.relative_error,
+            )  # fmt: skip
+        if self.ema is not None:
+            held = [name for name in self.weights if pieces[name].count]
+            self.ema.load({name: gather_piece(generation, "ema", name, pieces[name]) for name in held})
+        self.average.load(generation.tensors["losses"]["window"], generation.scalars["loss_total"])
+        self.guard.load(generation.scalars["guard"])
+        return generation.step
+
+    def go_back(self, snapshot: Snapshot) -> int:
+        """Continue from a copy of this process, knowing of the bad steps that were met since. Returns its step."""
+        bad_steps = self.guard.bad_steps
+        own = {name: _copied(tensors) for name, tensors in snapshot.tensors.items()}
+        own.setdefault("losses", {"window": self.average.window()})
+        copy = Snapshot(
+            step=snapshot.step,
+            settings=snapshot.settings,
+            scalars=snapshot.scalars,
+            tensors=own,
+            pieces=snapshot.pieces,
+        )
+        step = self.restore(Generation(path=Path(), step=copy.step, settings=copy.settings, parts=(copy,)))
+        self.guard.bad_steps = bad_steps
+        return step
+
+    def num_bytes(self) -> int:
+        """What a saved state of this process takes on disk, about: optimizer states are as they are now."""
+        weights = sum(value.numel() * value.element_size() for value in self.weights.values())
+        states = self._updater.optimizer.state_tensors().values()
+        average = sum(value.numel() * 4 for value in self.weights.values()) if self.ema is not None else 0
+        return weights + average + sum(value.numel() * value.element_size() for value in states)
+
+    def _check_names(self, totals: dict[str, int]) -> None:
+        if totals != {name: piece.total for name, piece in self._updater.pieces.items()}:
+            raise CheckpointError(
+                "the saved weights are of another model than base_model. Train into another out folder."
+            )
+
+
+def _total(part: Snapshot, name: str) -> int:
+    whole = part.tensors["weights"][name].numel()
+    return part.pieces.get(name, Piece(offset=0, count=whole, total=whole)).total
+
+
+def _copied(tensors: Any) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

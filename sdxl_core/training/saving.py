@@ -1,0 +1,104 @@
+"""When a state is saved, by whom, and whether the disk can hold it. The run goes on while a thread writes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from sdxl_core.config import TrainConfig
+from sdxl_core.errors import DiskFullError
+from sdxl_core.training.state import Snapshot, save_snapshot
+
+
+class SaveTimes:
+    """After which optimizer steps a state, or a model file too, is written."""
+
+    def __init__(self, config: TrainConfig, *, steps_per_epoch: int) -> None:
+        self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._last_s = time.monotonic()
+
+    def minutes_are_over(self) -> bool:
+        """Has `save_every_minutes` gone by since the last state? The processes then agree."""
+        every = self._config.save_every_minutes
+        return bool(every) and time.monotonic() - self._last_s >= 60 * every
+
+    def saved(self) -> None:
+        """The minutes start again."""
+        self._last_s = time.monotonic()
+
+    def state_is_due(self, num_steps: int) -> bool:
+        """After `num_steps` steps of the run."""
+        config = self._config
+        return (
+            self._at(num_steps, config.save_every_steps, config.save_every_epochs) or self.model_name(num_steps) != ""
+        )
+
+    def model_name(self, num_steps: int) -> str:
+        """File name of the model that is due after `num_steps` steps, as sd-scripts names them; "" where none is."""
+        config, epochs = self._config, num_steps // self._steps_per_epoch
+        if self._at(num_steps, 0, config.save_model_every_epochs):
+            return f"{config.output_name}-{epochs:06d}.safetensors"
+        if self._at(num_steps, config.save_model_every_steps, 0):
+            return f"{config.output_name}-step{num_steps:08d}.safetensors"
+        return ""
+
+    def _at(self, num_steps: int, every_steps: int, every_epochs: int) -> bool:
+        if every_steps and num_steps % every_steps == 0:
+            return True
+        epochs, rest = divmod(num_steps, self._steps_per_epoch)
+        return bool(every_epochs) and rest == 0 and epochs % every_epochs == 0
+
+
+class Saver:
+    """Writes states in a thread, one after the other. What went wrong there is raised by the next call."""
+
+    def __init__(self, folder: Path, *, keep: int, rank: int, num_ranks: int) -> None:
+        self._folder, self._keep, self._rank, self._num_ranks = folder, keep, rank, num_ranks
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._running: Future[None] | None = None
+
+    def submit(self, snapshot: Snapshot, *, then: Callable[[Path], None] | None = None) -> None:
+        """Write `snapshot`, whose tensors nobody changes any more; `then` gets the folder when it is whole."""
+        self.wait()
+        self._running = self._pool.submit(self._save, snapshot, then)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises: what `save_snapshot` raises."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def _save(self, snapshot: Snapshot, then: Callable[[Path], None] | None) -> None:
+        path = save_snapshot(self._folder, snapshot, keep=self._keep, rank=self._rank, num_ranks=self._num_ranks)
+        if then is not None and self._rank == 0:
+            then(path)
+
+
+def check_disk(folder: Path, *, state_bytes: int, model_bytes: int, keep: int) -> None:
+    """Refuse to begin where the disk cannot hold what the run will write.
+
+    A new state is whole before the oldest goes, so `keep` + 1 of them are there for a moment, and the model file.
+    Raises: DiskFullError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(file.stat().st_size for path in folder.glob("step-*") for file in path.glob("*"))
+    needed, free = (keep + 1) * state_bytes + model_bytes, shutil.disk_usage(folder).free + there
+    if free < needed:
+        raise DiskFullError(
+            f"{folder}: the disk has {free / 1e9:.1f} GB for this run, which needs {needed / 1e9:.1f} GB: "
+            f"{keep} resumable states of {state_bytes / 1e9:.1f} GB and one more while it is written, and a model file "
+            f"of {model_bytes / 1e9:.1f} GB. Free some space, or choose an out folder on another disk."
+        )
+
+
+def remove_old_models(folder: Path, config: TrainConfig) -> None:
+    """Keep the newest `keep_models` of the model files that were written on the way."""
+    if config.keep_models:
+        pattern = re.compile(rf"{re.escape(config.output_name)}-(step\d{{8}}|\d{{6}})\.safetensors")
+        found = [path for path in folder.glob("*.safetensors") if pattern.fullmatch(path.name)]
+        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)[: -config.keep_models]:
+            path.unlink()
