@@ -25,4 +25,4 @@ def cache_latents(config: CacheLatentsConfig) -> LatentSetRef:
                 plan.shards,
                 limit=len(slots.slots),
             )
-        return join_latents(config, shards)
+        return join_latents(config, plan, shards)

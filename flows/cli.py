@@ -16,6 +16,7 @@ from flows.pipeline import pipeline
 from flows.statistics import statistics
 from flows.subset import subset
 from flows.temporary_server import start_temporary_server
+from flows.verify_latents import verify_latents
 from sdxl_core.cli import print_result
 from sdxl_core.config import JobConfig
 from sdxl_core.preflight import check_job
@@ -28,6 +29,7 @@ STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
     "statistics": statistics,
     "merge-tags": merge_tags,
     "cache-latents": cache_latents,
+    "verify": verify_latents,
     "train": finetune,
 }
 

@@ -20,9 +20,11 @@ from sdxl_core.config import (
     JobConfig,
     MergeJsonConfig,
     MergeTagsConfig,
+    RemoveLatentsConfig,
     StatisticsConfig,
     SubsetConfig,
     TrainConfig,
+    VerifyLatentsConfig,
 )
 from sdxl_core.config.convert import ConvertModelConfig
 from sdxl_core.configfile import apply_overrides, check, read_toml
@@ -68,6 +70,20 @@ STAGES = {
         "sdxl_core.models.convert:convert_model",
         False,
         "an SDXL model as one file, as a diffusers folder, or in another precision",
+    ),
+}
+SET_STAGES = {
+    "verify": Stage(
+        VerifyLatentsConfig,
+        "sdxl_core.latents.verify:verify_latents",
+        False,
+        "read every byte of a latent set; with --repair encode again exactly what is bad",
+    ),
+    "remove-latents": Stage(
+        RemoveLatentsConfig,
+        "sdxl_core.latents.verify:remove_latents",
+        False,
+        "take the latents of some pictures out of a latent set",
     ),
 }
 ATTENTION_WORDS = ("xformers", "diffusers-xformers", "mem-eff-attn", "sdpa")
@@ -122,6 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
                 "--explain", action="store_true", help="print how many pictures each term of the query finds, and end"
             )
 
+    for name, stage in SET_STAGES.items():
+        command = _command(commands, name, stage.help, _on_a_set, stage=stage, name=name)
+        if name == "verify":
+            _add_flow(command)
+        command.add_argument(
+            "path", type=Path, metavar="DIR", help="out folder of cache-latents, or its latents folder"
+        )
+        add_options(command, stage.config, leave_out=("path",))
     _add_lineage(commands)
     _add_service(commands)
     _command(
@@ -256,6 +280,12 @@ def _explain(values: dict[str, Any]) -> None:
         values.setdefault("out", str(Path(folder) / "subset"))
         config = check(SubsetConfig, values, where="sdxl-flows subset --explain")
         print(explain_query(config, progress=progress))
+
+
+def _on_a_set(options: argparse.Namespace) -> None:
+    values = collect_options(options, options.stage.config)
+    options.flow = getattr(options, "flow", False)
+    _run_stage(check(options.stage.config, values, where=f"sdxl-flows {options.name}"), options)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -24,12 +24,20 @@ def dashes(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def add_options(parser: argparse.ArgumentParser, model: type[BaseModel], *, all_optional: bool = False) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    model: type[BaseModel],
+    *,
+    all_optional: bool = False,
+    leave_out: Collection[str] = (),
+) -> None:
     """One option a field: `--field-name VALUE`, `--flag/--no-flag` for a switch; lists may be given repeatedly.
 
-    Args:   all_optional: a file may give the required ones.
+    Args:   all_optional: a file may give the required ones.   leave_out: fields that are no options.
     """
     for name, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
+        if name in leave_out:
+            continue
         kind = _plain_type(field.annotation)
         option = "--" + name.replace("_", "-")
         text = (field.description or field.title or name).replace("%", "%%") + _default_text(field)

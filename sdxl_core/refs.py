@@ -147,6 +147,32 @@ class LatentSetRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedRef:
+    """A latent set all of whose bytes were read. `findings`: what was bad, a JSON line each; all of it is repaired.
+
+    num_rows: latents of pictures that are good now.   num_repaired: of them encoded again.
+    """
+
+    path: Path
+    fingerprint: str
+    num_files: int
+    num_bytes: int
+    num_rows: int
+    num_repaired: int
+    findings: Path
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovedRef:
+    """What `remove-latents` took out of a set. `num_unknown`: keys that it has no latents of."""
+
+    path: Path
+    num_removed: int
+    num_unknown: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRef:
     """A trained model as single-file SDXL .safetensors, and the state it can be continued from."""
 

@@ -15,12 +15,16 @@ from sdxl_core.files import folder_guard, write_atomic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """One left-out picture. `reason`: one word from docs/rejected.md, e.g. "undecodable"; `detail`: for people."""
+    """One left-out picture. `reason`: one word from docs/rejected.md, e.g. "undecodable"; `detail`: for people.
+
+    `attempts`: how often it was tried, where that was more than once.
+    """
 
     stage: str
     key: str
     reason: str
     detail: str
+    attempts: int = 1
 
 
 def read_rejected(path: Path) -> list[Rejected]:
@@ -55,7 +59,7 @@ def _update(path: Path, stage: str, new: list[Rejected]) -> int:
         return len(new)
     first = next((place for place, row in enumerate(old) if row.stage == stage), len(old))
     before, after = ([row for row in part if row.stage != stage] for part in (old[:first], old[first:]))
-    write_atomic(path, (_line(row) for row in before + new + after))
+    write_atomic(path, (rejected_line(row) for row in before + new + after))
     return len(new)
 
 
@@ -67,7 +71,7 @@ def write_rejected(path: Path, rows: Iterable[Rejected]) -> int:
         nonlocal count
         for row in rows:
             count += 1
-            yield _line(row)
+            yield rejected_line(row)
 
     write_atomic(path, lines())
     return count
@@ -78,6 +82,13 @@ def count_reasons(rows: Iterable[Rejected]) -> dict[str, int]:
     return dict(sorted(Counter(row.reason for row in rows).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _line(row: Rejected) -> bytes:
-    fields = {name: getattr(row, name).encode("utf-8", "replace").decode() for name in Rejected.__slots__}
+def rejected_line(row: Rejected) -> bytes:
+    """The line of `rejected.jsonl` that stands for a row."""
+    texts = (row.stage, row.key, row.reason, row.detail)
+    names = ("stage", "key", "reason", "detail")
+    fields: dict[str, str | int] = {
+        name: text.encode("utf-8", "replace").decode() for name, text in zip(names, texts, strict=True)
+    }
+    if row.attempts > 1:
+        fields["attempts"] = row.attempts
     return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)

@@ -6,7 +6,17 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from sdxl_core.refs import CatalogRef, CheckpointRef, FileRef, LatentSetRef, MetadataRef, StatisticsRef, SubsetRef
+from sdxl_core.refs import (
+    CatalogRef,
+    CheckpointRef,
+    FileRef,
+    LatentSetRef,
+    MetadataRef,
+    RemovedRef,
+    StatisticsRef,
+    SubsetRef,
+    VerifiedRef,
+)
 from sdxl_core.rejected import count_reasons, read_rejected
 
 
@@ -67,6 +77,21 @@ def _(ref: LatentSetRef) -> str:
         f"{rejected_text(ref.rejected, 'latents', ref.num_rejected)}, {len(ref.buckets)} buckets, "
         f"mean aspect-ratio error {ref.mean_ar_error:.4f} -> {ref.path}"
     )
+
+
+@describe.register
+def _(ref: VerifiedRef) -> str:
+    repaired = f", {ref.num_repaired:,} encoded again" if ref.num_repaired else ", nothing was bad"
+    return (
+        f"verify: {ref.num_rows:,} latents in {ref.num_files:,} files, {ref.num_bytes / 1e9:.2f} GB read in "
+        f"{ref.seconds:.1f} s{repaired} -> {ref.path}"
+    )
+
+
+@describe.register
+def _(ref: RemovedRef) -> str:
+    unknown = f", {ref.num_unknown:,} keys have none here" if ref.num_unknown else ""
+    return f"remove: latents of {ref.num_removed:,} pictures taken out{unknown} -> {ref.path}"
 
 
 @describe.register

@@ -5,7 +5,14 @@ paths between stages follow from `out`, so `JobConfig` nests the options.
 """
 
 from sdxl_core.config.job import JobConfig, JobSource
-from sdxl_core.config.latents import BucketOptions, CacheLatentsConfig, Dtype, LatentsOptions
+from sdxl_core.config.latents import (
+    BucketOptions,
+    CacheLatentsConfig,
+    Dtype,
+    LatentsOptions,
+    RemoveLatentsConfig,
+    VerifyLatentsConfig,
+)
 from sdxl_core.config.merge import Category, CleanStep, MergeJsonConfig, MergeTagsConfig, MergeTagsOptions
 from sdxl_core.config.notify import NotifyOptions, Occasion
 from sdxl_core.config.subset import SourceOptions, StatisticsConfig, SubsetConfig, SubsetHow, SubsetOptions
@@ -25,6 +32,7 @@ __all__ = [
     "MergeTagsOptions",
     "NotifyOptions",
     "Occasion",
+    "RemoveLatentsConfig",
     "SourceOptions",
     "StatisticsConfig",
     "SubsetConfig",
@@ -32,4 +40,5 @@ __all__ = [
     "SubsetOptions",
     "TrainConfig",
     "TrainOptions",
+    "VerifyLatentsConfig",
 ]

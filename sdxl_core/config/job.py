@@ -51,10 +51,14 @@ class JobConfig(Section):
         )
 
     def latents_config(self, picked: SubsetRef | None) -> CacheLatentsConfig:
-        """Args: picked: as in `merge_config`. A manifest leaves the pictures where they are."""
-        source = self.source.path if picked is None or picked.how == "manifest" else picked.path
+        """Args: picked: as in `merge_config`. The pictures of a manifest are read where they are, in tars too."""
+        is_listed = picked is not None and picked.how == "manifest"
         return CacheLatentsConfig(
-            **self.latents.model_dump(), source=source, metadata=self.out / "meta_cap_dd.json", out=self.out
+            **self.latents.model_dump(),
+            source=self.source.path if picked is None else picked.catalog if is_listed else picked.path,
+            manifest=picked.path / "manifest.arrow" if picked is not None and is_listed else None,
+            metadata=self.out / "meta_cap_dd.json",
+            out=self.out,
         )
 
     def train_config(self) -> TrainConfig:

@@ -40,14 +40,25 @@ class LatentsOptions(BucketOptions):
         description="single-file .safetensors (a whole checkpoint, or a VAE in LDM or diffusers keys), a diffusers "
         "folder, or 'tiny' (a small random VAE for trying things out)",
     )
-    dtype: Dtype = Field("float32", description="precision the VAE computes in; the .npz always holds float32")
+    dtype: Dtype = Field("float32", description="precision the VAE computes in")
+    layout: Literal["per_image", "packed"] = Field(
+        "per_image",
+        description="per_image: one .npz a picture in float32, as sd-scripts' trainers read them; packed: one .npz a "
+        "bucket and commit group, thousands of files instead of millions",
+    )
+    packed_dtype: Literal["float16", "float32"] = Field("float16", description="packed: precision latents are kept in")
+    npz_naming: Literal["stem", "size"] = Field(
+        "stem",
+        description="per_image: F.npz, as sd-scripts' fine-tuning has it, or F_0832x1216_sdxl.npz (width and height of "
+        "the picture), as its trainers' own cache has it",
+    )
     batch_size: int = Field(4, ge=1, le=256, description="pictures a VAE batch")
     compile: bool = Field(
         False, description="torch.compile the VAE for full batches of each bucket: minutes once, then quicker (CUDA)"
     )
     shard_size: int = Field(4096, ge=1, le=1_000_000, description="pictures a shard: the unit of retry and resume")
     commit_size: int = Field(
-        256, ge=1, le=100_000, description="pictures synced to disk at once; lost at most in a crash"
+        512, ge=1, le=100_000, description="pictures synced to disk at once; lost at most in a crash"
     )
     compat: Literal["default", "sd-scripts"] = Field(
         "default",
@@ -71,7 +82,8 @@ class LatentsOptions(BucketOptions):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the posterior sample, together with the picture's digest")
     devices: str = Field(
         "auto",
-        description="auto (every CUDA card, else one CPU slot), or a list such as 0,1 or cpu,cpu: one process each",
+        description="auto (every CUDA card, else one CPU slot), or a list such as 0,1 or cpu,cpu: one process each, "
+        "started again when it dies; cpu alone: within the process that is running",
     )
     decode_threads: int = Field(
         0, ge=0, le=256, description="threads a device that decode and resize pictures; 0: all cores, shared by devices"
@@ -90,6 +102,31 @@ class LatentsOptions(BucketOptions):
 class CacheLatentsConfig(LatentsOptions):
     """Encode every picture of a metadata JSON with the VAE into bucketed .npz latents, resumable at any moment."""
 
-    source: Path = Field(description="folder of the pictures")
+    source: Path = Field(
+        description="folder of the pictures, or a catalog: then they are read where they are, in tars too"
+    )
+    manifest: Path | None = Field(None, description="the pictures of this manifest, as subset makes it")
     metadata: Path = Field(description="metadata JSON whose keys name the pictures")
     out: Path = Field(description="folder that receives latents/, meta_lat.json and rejected.jsonl")
+
+
+class VerifyLatentsConfig(Section):
+    """Read every byte of a latent set and hold it against what was written: CRC, shape, finite values, settings."""
+
+    path: Path = Field(description="out folder of cache-latents, or the latents folder in it")
+    repair: bool = Field(False, description="encode what is bad again, and nothing else; else its list is left")
+    threads: int = Field(0, ge=0, le=256, description="files read at once; 0: two a processor")
+
+
+class RemoveLatentsConfig(Section):
+    """Take the latents of some pictures out of a latent set."""
+
+    path: Path = Field(description="out folder of cache-latents, or the latents folder in it")
+    keys: list[str] = Field([], description="key of a picture, as in the metadata JSON; may be given repeatedly")
+    keys_file: Path | None = Field(None, description="text file with a key a line")
+
+    @model_validator(mode="after")
+    def names_keys(self) -> RemoveLatentsConfig:
+        if not self.keys and self.keys_file is None:
+            raise ValueError("name the pictures: keys, or keys_file with a key a line")
+        return self

@@ -1,28 +1,45 @@
-"""Encode one shard: commit groups of its rows through the engine, written, synced, recorded.
+"""Encode one shard: what its ledger does not know yet goes through the engine, and is committed group by group.
 
-Groups are contiguous ranges of the shard's rows, and batches never leave a group: an interrupted shard continues with
-whole groups, so it ends with the same bytes as an undisturbed one.
+Batches and groups are a pure function of the shard, because a VAE's output depends on the batch it is in. A group that
+was never committed is done whole; of one that has lost rows (a file gone, a byte flipped) the batches of those rows are
+replayed and only they are written. So an interrupted or repaired shard ends with the bytes of an undisturbed one.
 """
 
 from __future__ import annotations
 
-import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import orjson
+import numpy as np
 
-from sdxl_core.catalog.images import ImagePlace
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.errors import ShardError
-from sdxl_core.files import sync_files
+from sdxl_core.errors import ConfigError, ShardError
+from sdxl_core.files import remove_stale_partials, sync_files
 from sdxl_core.latents.engine import EncodedGroup, EncodedPicture, Engine, Picture
-from sdxl_core.latents.formats import write_per_image
-from sdxl_core.latents.ledger import Group, LatentRow, ShardLedger
-from sdxl_core.latents.plan import ledger_path
+from sdxl_core.latents.formats import LatentRecord, WrittenFile, per_image_name, write_packed, write_per_image
+from sdxl_core.latents.ledger import (
+    KEPT,
+    OPEN,
+    CommitGroup,
+    LatentFile,
+    Rejection,
+    ShardLedger,
+    Summary,
+    finished,
+    read_summary,
+)
+from sdxl_core.latents.quarantine import Attempts
+from sdxl_core.latents.rows import ShardRows
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentShardRef, ShardRef
 
-PlanRejection = tuple[str, str, str]
+Ints = np.ndarray[Any, np.dtype[Any]]
+# Files by path; of each row its file, its row in it or -1, its CRC-32.
+_Written = tuple[list[tuple[str, WrittenFile]], list[int], list[int], list[int]]
+MAX_FLOAT16 = 65_504.0
+_IN_A_BATCH = ("nan_latent",)  # reasons that are found out within a batch: the picture was part of it
 
 
 def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShardRef | None:
@@ -30,9 +47,14 @@ def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShar
 
     Opens no picture, and latents only where their time differs (a copied cache). The caller holds the output's lock.
     """
-    ledger = ShardLedger.read(ledger_path(shard))
-    ledger.settle(config.out / "latents")
-    return None if ledger.done is None else _reference(shard, ledger)
+    latents = config.out / "latents"
+    summary = finished(shard.path, latents)
+    if summary is None and shard.path.exists():
+        ledger = _settled(shard, latents)
+        if ledger.is_done:
+            ledger.summarise()
+            summary = read_summary(shard.path)
+    return None if summary is None else _reference(shard, summary)
 
 
 def encode_shard(
@@ -41,91 +63,210 @@ def encode_shard(
     """Encode what the shard's ledger does not know yet. The caller holds the output's lock.
 
     Args:   device: `cpu`, or a card's number, which this process sees as cuda:0.
-    Raises: ShardError: the shard's listing is gone.   DiskFullError: everything committed before is kept.
+    Raises: ShardError: the shard's listing is gone.   ConfigError: a folder that pictures are in is gone.
+            DiskFullError: everything committed before is kept.
     """
-    finished = shard_is_finished(shard, config)
-    if finished is not None:
-        progress("latents", finished.num_seen, finished.num_seen)
-        return finished
-    ledger = ShardLedger.read(ledger_path(shard))
-    rows, rejected = _rows(shard)
-    groups = [rows[start : start + config.commit_size] for start in range(0, len(rows), config.commit_size)]
-    todo = [(number, _pictures(group, config)) for number, group in enumerate(groups) if number not in ledger.groups]
-    done = shard.stop - shard.start - sum(len(pictures) for _, pictures in todo)
-
-    def commit(group: EncodedGroup) -> None:
-        nonlocal done
-        written = [_write(picture, config) for picture in group.pictures]
-        sync_files([config.out / "latents" / row.file for row in written])
-        ledger.add(Group(number=group.number, rows=tuple(written), rejected=group.rejected, notes=group.notes))
-        done += len(written) + len(group.rejected)
-        progress("latents", done, shard.stop - shard.start)
-
-    report = Engine(config, device).run(todo, commit)
-    ledger.close(
-        {
-            "rejected": rejected,
-            "images_per_s": report.images_per_s,
-            "seconds": dict(report.seconds),
-            "bound_by": report.bound_by,
-            "device": device,
-        }
-    )
-    return _reference(shard, ledger)
+    done = shard_is_finished(shard, config)
+    if done is not None:
+        progress("latents", done.num_seen, done.num_seen)
+        return done
+    _ShardEncoder(shard, config, device, progress).run()
+    summary = read_summary(shard.path)
+    if summary is None:
+        raise ShardError(f"{shard.path}: its ledger was changed meanwhile. Run cache-latents again.")
+    return _reference(shard, summary)
 
 
-def _rows(shard: ShardRef) -> tuple[list[list[Any]], list[PlanRejection]]:
-    """The shard's pictures as [key, name, size in bytes, mtime_ns], and those that the plan rejected."""
-    try:
-        rows: list[list[Any]] = orjson.loads(shard.path.read_bytes())
-    except (FileNotFoundError, orjson.JSONDecodeError) as error:
-        shard.path.unlink(missing_ok=True)
-        raise ShardError(
-            f"{shard.path}: the listing of shard {shard.index} is gone or damaged. Run cache-latents again."
-        ) from error
-    return [row for row in rows if len(row) == 4], [(row[0], row[1], row[2]) for row in rows if len(row) == 3]
+def _settled(shard: ShardRef, latents: Path) -> ShardLedger:
+    ledger = ShardLedger.read(shard.path, shard.stop - shard.start)
+    ledger.settle(latents)
+    return ledger
 
 
-def _pictures(rows: list[list[Any]], config: CacheLatentsConfig) -> list[Picture]:
-    return [
-        Picture(key, ImagePlace(path=config.source / name, name=name, offset=0, num_bytes=num_bytes, in_tar=False))
-        for key, name, num_bytes, _ in rows
-    ]
+class _ShardEncoder:
+    """One run over a shard's open rows."""
 
+    def __init__(self, shard: ShardRef, config: CacheLatentsConfig, device: str, progress: Progress) -> None:
+        self._shard, self._config, self._device, self._progress = shard, config, device, progress
+        self._latents = config.out / "latents"
+        self._rows = ShardRows.open(shard.path)
+        self._ledger = _settled(shard, self._latents)
+        self._attempts = Attempts(shard.path)
+        try:
+            self._names = self._rows.table["name"]
+        except ShardError:
+            shard.path.unlink(missing_ok=True)  # the next plan cuts the same shard again, and its ledger counts
+            raise
+        self._keys: dict[int, dict[str, int]] = {}  # of the groups under way: key -> row
 
-def _write(encoded: EncodedPicture, config: CacheLatentsConfig) -> LatentRow:
-    file = os.path.splitext(encoded.picture.place.name)[0] + ".npz"
-    path = config.out / "latents" / file
-    write_per_image(path, encoded.record)
-    status = path.stat()
-    return LatentRow(
-        key=encoded.picture.key,
-        file=file,
-        num_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        crc32=encoded.record.crc32(),
-        bucket=(encoded.bucket.width_px, encoded.bucket.height_px),
-        ar_error=encoded.ar_error,
-    )
+    def run(self) -> None:
+        self._check_roots()
+        for row, why in self._attempts.killers(self._rows, self._ledger, self._config):
+            self._reject(row, why)
+        if self._attempts.num_deaths:
+            self._sweep()
+        started = time.monotonic()
+        before = len(self._ledger.rows(OPEN))
+        report: dict[str, Any] = {"images_per_s": 0.0, "bound_by": "read", "seconds": {}}
+        if before:
+            with self._attempts.running():
+                engine = Engine(self._config, self._device)
+                told = engine.run(self._groups(), self._commit)
+            report = {"bound_by": told.bound_by, "seconds": {name: round(s, 3) for name, s in told.seconds.items()}}
+        still_open = self._ledger.rows(OPEN)
+        if len(still_open):
+            raise ShardError(
+                f"{self._shard.path}: {len(still_open)} pictures of shard {self._shard.index} came back neither "
+                f"encoded nor rejected. Run cache-latents again; if it stays so, it is a mistake of ours."
+            )
+        elapsed = time.monotonic() - started
+        report["images_per_s"] = before / elapsed if elapsed else 0.0
+        self._ledger.close(report | {"device": self._device})
+        self._attempts.forget()
 
+    def _check_roots(self) -> None:
+        for root in self._rows.roots or (self._config.source,):
+            if not root.is_dir():
+                raise ConfigError(
+                    f"{root}: the folder of the pictures is not there; is its disk mounted? Nothing was rejected. Put "
+                    f"it back and run the same command again."
+                )
 
-def _reference(shard: ShardRef, ledger: ShardLedger) -> LatentShardRef:
-    assert ledger.done is not None
-    num_kept, num_rejected = len(ledger.rows()), len(ledger.rejected())
-    if num_kept + num_rejected != shard.stop - shard.start:
-        raise ShardError(
-            f"{ledger.path}: tells of {num_kept} kept and {num_rejected} rejected pictures, and there are "
-            f"{shard.stop - shard.start}. Delete this file and run cache-latents again."
+    def _sweep(self) -> None:
+        """Remove what a process that died left half written beside latents that are still to be made."""
+        stems = self._names.take(self._ledger.rows(OPEN)).to_pylist()
+        folders = {(self._latents / stem).parent for stem in stems}
+        for folder in folders if self._config.layout == "per_image" else (self._latents / "packed").glob("*"):
+            remove_stale_partials(folder, name="*")
+
+    def _groups(self) -> Iterator[tuple[int, Sequence[Picture]]]:
+        """Commit groups with open rows: their pictures, in the shard's order."""
+        size = self._rows.commit_size
+        state = self._ledger.columns["state"]
+        for number in sorted({row // size for row in self._ledger.rows(OPEN).tolist()}):
+            rows = np.arange(number * size, min((number + 1) * size, self._rows.num_rows))
+            if (state[rows] == KEPT).any():
+                rows = self._replayed(rows)
+            rows = rows[(state[rows] == OPEN) | (state[rows] == KEPT) | self._was_in_a_batch(rows)]
+            keys = self._rows.table["key"].take(rows).to_pylist()
+            self._keys[number] = dict(zip(keys, rows.tolist(), strict=True))
+            places = self._rows.places(rows, self._config.source)
+            self._attempts.reached(number)
+            yield number, [Picture(key=key, place=place) for key, place in zip(keys, places, strict=True)]
+
+    def _was_in_a_batch(self, rows: Ints) -> Ints:
+        rejected = self._ledger.rejected
+        return np.array([row in rejected and rejected[row].reason in _IN_A_BATCH for row in rows.tolist()], bool)
+
+    def _replayed(self, rows: Ints) -> Ints:
+        """Of a group that was committed once, the rows of those batches that have an open row."""
+        columns, size = self._ledger.columns, self._config.batch_size
+        bucket = columns["bucket"][rows]
+        state = columns["state"][rows]
+        is_known = bucket[:, 0] > 0
+        if self._was_in_a_batch(rows).any() or not is_known[state == OPEN].all() or size < 1:
+            return rows
+        wanted = np.zeros(len(rows), bool)
+        for one in np.unique(bucket[is_known], axis=0):
+            members = np.flatnonzero(((state == OPEN) | (state == KEPT)) & (bucket == one).all(axis=1))
+            batch = np.arange(len(members)) // size
+            wanted[members[np.isin(batch, batch[state[members] == OPEN])]] = True
+        return rows[wanted]
+
+    def _commit(self, group: EncodedGroup) -> None:
+        """Write, sync, record. Called by the engine for one group after the other."""
+        rows_of = self._keys.pop(group.number)
+        state = self._ledger.columns["state"]
+        rejected = {rows_of[key]: Rejection(reason, detail) for key, reason, detail in group.rejected}
+        encoded = []
+        for item in group.pictures:
+            row = rows_of[item.picture.key]
+            if self._config.layout == "packed" and not _fits(item.record, self._config.packed_dtype):
+                rejected[row] = Rejection("nan_latent", "the VAE gives values that are too large for float16")
+            elif state[row] == OPEN:
+                encoded.append((row, item))
+        rejected = {row: why for row, why in sorted(rejected.items()) if state[row] == OPEN}
+        write = self._write_packed if self._config.layout == "packed" else self._write_per_image
+        files, file, at, checksums = write(group.number, encoded)
+        sync_files([self._latents / path for path, _ in files])
+        self._ledger.commit(
+            CommitGroup(
+                number=group.number,
+                files=[self._as_written(path, written) for path, written in files],
+                rows=[row for row, _ in encoded],
+                file=file,
+                at=at,
+                crc32=checksums,
+                bucket=[(e.bucket.width_px, e.bucket.height_px) for _, e in encoded],
+                size=[(e.record.original_width_px, e.record.original_height_px) for _, e in encoded],
+                crop=[e.record.crop_ltrb for _, e in encoded],
+                rejected=rejected,
+                notes=list(group.notes),
+            )
         )
+        self._attempts.committed(group.number)
+        done = self._rows.num_rows - len(self._ledger.rows(OPEN))
+        self._progress("latents", done, self._rows.num_rows)
+
+    def _write_per_image(self, number: int, encoded: Sequence[tuple[int, EncodedPicture]]) -> _Written:
+        files, checksums = [], []
+        for row, item in encoded:
+            size = {"width_px": item.record.original_width_px, "height_px": item.record.original_height_px}
+            path = per_image_name(self._names[row].as_py(), self._config.npz_naming, **size)
+            files.append((path, write_per_image(self._latents / path, item.record)))
+            checksums.append(files[-1][1].crc32)
+        return files, list(range(len(files))), [-1] * len(files), checksums
+
+    def _write_packed(self, number: int, encoded: Sequence[tuple[int, EncodedPicture]]) -> _Written:
+        """One file a bucket; `file` and `at` in the order of `encoded`."""
+        by_bucket: dict[tuple[int, int], list[int]] = {}
+        for place, (_, item) in enumerate(encoded):
+            by_bucket.setdefault((item.bucket.width_px, item.bucket.height_px), []).append(place)
+        files: list[tuple[str, WrittenFile]] = []
+        file, at, checksums = [0] * len(encoded), [0] * len(encoded), [0] * len(encoded)
+        for (width_px, height_px), places in sorted(by_bucket.items()):
+            path = self._free_name(f"packed/{width_px}x{height_px}/{self._shard.digest[:16]}-{number}")
+            items = [encoded[place][1] for place in places]
+            keys, records = [item.picture.key for item in items], [item.record for item in items]
+            written = write_packed(self._latents / path, keys, records, self._config.packed_dtype)
+            for row, place in enumerate(places):
+                file[place], at[place], checksums[place] = len(files), row, written.row_crc32s[row]
+            files.append((path, written))
+        return files, file, at, checksums
+
+    def _free_name(self, stem: str) -> str:
+        """A name that no file with kept rows has: what is committed is never overwritten."""
+        kept = self._ledger.columns["file"][self._ledger.rows(KEPT)]
+        taken = {self._ledger.files[number].path for number in np.unique(kept).tolist()}
+        names = (f"{stem}{suffix}.npz" for suffix in ["", *(f".{n}" for n in range(1, len(taken) + 2))])
+        return next(name for name in names if name not in taken)
+
+    def _as_written(self, path: str, written: WrittenFile) -> LatentFile:
+        mtime_ns = (self._latents / path).stat().st_mtime_ns
+        return LatentFile(path, written.num_bytes, mtime_ns, written.crc32)
+
+    def _reject(self, row: int, why: Rejection) -> None:
+        none: dict[str, Any] = dict.fromkeys(("files", "rows", "file", "at", "crc32", "bucket", "size", "crop"), ())
+        self._ledger.commit(CommitGroup(number=row // self._rows.commit_size, rejected={row: why}, **none))
+
+
+def _fits(record: LatentRecord, dtype: str) -> bool:
+    """Whether no value becomes infinite in `dtype`."""
+    arrays = (array for name, array in record.arrays() if name != "alpha_mask")
+    return dtype == "float32" or all(float(np.abs(array).max(initial=0)) < MAX_FLOAT16 for array in arrays)
+
+
+def _reference(shard: ShardRef, summary: Summary) -> LatentShardRef:
+    report = summary.report
     return LatentShardRef(
         index=shard.index,
         digest=shard.digest,
-        ledger=ledger.path,
-        num_seen=shard.stop - shard.start,
-        num_kept=num_kept,
-        num_rejected=num_rejected,
-        images_per_s=ledger.done["images_per_s"],
-        bound_by=ledger.done["bound_by"],
-        device=ledger.done["device"],
-        seconds=ledger.done["seconds"],
+        ledger=summary.path,
+        num_seen=summary.num_kept + summary.num_rejected + summary.num_removed,
+        num_kept=summary.num_kept,
+        num_rejected=summary.num_rejected,
+        images_per_s=report["images_per_s"],
+        bound_by=report["bound_by"],
+        device=report["device"],
+        seconds=report["seconds"],
     )

@@ -11,7 +11,6 @@ Every batch is checked against its CRC when it is first looked at, so a damaged 
 from __future__ import annotations
 
 import mmap
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +18,13 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-import orjson
 import pyarrow as pa
 
 from sdxl_core.catalog.parts import key_hashes
 from sdxl_core.errors import DataError
 from sdxl_core.files import atomic_writer, write_atomic
+from sdxl_core.latents.formats.checksum import crc32
+from sdxl_core.latents.tables import checked_json, parse_checked
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 FORMAT = 1
@@ -82,7 +82,9 @@ class LatentIndex:
     def open(cls, latents: Path) -> Self:
         """Args: latents: the folder that has the latents. Raises: DataError: no index, or a damaged one."""
         try:
-            told = orjson.loads((latents / INDEX_END).read_bytes())
+            told = parse_checked((latents / INDEX_END).read_bytes())
+            if told is None:
+                raise DataError(f"{latents / INDEX_END}: damaged. {AGAIN}")
             if told["format"] != FORMAT:
                 raise DataError(
                     f"{latents / INDEX_END}: an index of format {told['format']}; this version reads {FORMAT}. {AGAIN}"
@@ -180,7 +182,7 @@ class IndexWriter:
         if error is None and self._end is not None:
             files = {INDEX: self._rows.told(), INDEX_FILES: self._files.told(), INDEX_KEYS: self._write_keys()}
             told = self._told | self._end | {"num_rows": self._rows.num_rows, "files": files}
-            write_atomic(self._latents / INDEX_END, orjson.dumps(told))
+            write_atomic(self._latents / INDEX_END, checked_json(told))
 
     def add_files(self, paths: pa.StringArray, num_bytes: Ints, layout: str) -> int:
         """Name files. Returns the number of the first; the others follow."""
@@ -217,13 +219,13 @@ class _CheckedFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.position, self.crc32 = 0, 0
+        self.position = self.sum = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         self._file.write(view)
         self.position += view.nbytes
-        self.crc32 = zlib.crc32(view, self.crc32)
+        self.sum = crc32(view, self.sum)
         return view.nbytes
 
     def tell(self) -> int:
@@ -279,8 +281,8 @@ class _TableWriter:
 
     def _sum_up(self) -> tuple[int, int, int]:
         """Where what was written since the last call begins and ends, and its CRC-32."""
-        summed = self._summed, self._file.position, self._file.crc32
-        self._summed, self._file.crc32 = self._file.position, 0
+        summed = self._summed, self._file.position, self._file.sum
+        self._summed, self._file.sum = self._file.position, 0
         return summed
 
     def _flush(self, *, at_least: int) -> None:
@@ -323,9 +325,9 @@ class _Batches:
             found = self._batch[number] = self._reader.get_batch(number)
         return found
 
-    def _check(self, begin: int, stop: int, crc32: int) -> None:
+    def _check(self, begin: int, stop: int, checksum: int) -> None:
         with memoryview(self._bytes) as view, view[begin:stop] as piece:
-            if zlib.crc32(piece) != crc32:
+            if crc32(piece) != checksum:
                 raise DataError(f"{self._path}: bytes {begin}-{stop} are not what was written. {AGAIN}")
 
     def unchecked(self, number: int) -> pa.RecordBatch:

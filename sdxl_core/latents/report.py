@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import io
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from sdxl_core.catalog.images import ImagePlace, ImageReader
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import SdxlFlowsError
 from sdxl_core.images.decode import BadPicture, decode
-from sdxl_core.latents.formats import read_per_image
-from sdxl_core.latents.ledger import LEDGER_FOLDER, LatentRow, ShardLedger
+from sdxl_core.latents.index import LatentIndex
+from sdxl_core.latents.matching import NameTable
+from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows
+from sdxl_core.latents.store import LatentStore
 from sdxl_core.refs import LatentSetRef
 
 BAR_WIDTH = 40
@@ -36,7 +39,9 @@ def bucket_histogram_text(ref: LatentSetRef) -> str:
 
 def contact_sheet(config: CacheLatentsConfig, *, num_pictures: int) -> bytes:
     """A PNG: pictures of every bucket in turn, each beside its latents in false colour."""
-    cells = [cell for row in _spread(config.out / "latents", num_pictures) if (cell := _cell(config, row)) is not None]
+    store = LatentStore(config.out / "latents")
+    shown = _spread(config, num_pictures)
+    cells = [cell for picture in shown if (cell := _cell(config, store, picture)) is not None]
     rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
     heights = [max(cell.height for cell in row) for row in rows]
     sheet = Image.new("RGB", (COLUMNS * CELL_WIDTH_PX, max(1, sum(heights))), "#ffffff")
@@ -56,33 +61,65 @@ def false_colour(latents: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
 
 
-def _spread(latents: Path, num_pictures: int) -> list[LatentRow]:
-    """Rows from every bucket in turn, the same ones each time."""
-    by_bucket: dict[tuple[int, int], list[LatentRow]] = {}
-    for path in sorted((latents / LEDGER_FOLDER).glob("*.ledger.jsonl")):
-        for row in ShardLedger.read(path).rows():
-            by_bucket.setdefault(row.bucket, []).append(row)
-    queues = [sorted(rows, key=lambda row: row.key) for _, rows in sorted(by_bucket.items())]
-    longest = max(map(len, queues), default=0)
-    return [queue[depth] for depth in range(longest) for queue in queues if depth < len(queue)][:num_pictures]
+class _Shown(NamedTuple):
+    """A picture to show: its key, its bucket in pixels, and where it is."""
+
+    key: str
+    bucket: tuple[int, int]
+    place: ImagePlace
 
 
-def _cell(config: CacheLatentsConfig, row: LatentRow) -> Image.Image | None:
+def _spread(config: CacheLatentsConfig, num_pictures: int) -> list[_Shown]:
+    """Pictures from every bucket in turn, the same ones each time."""
+    index = LatentIndex.open(config.out / "latents")
+    by_bucket: dict[tuple[int, int], list[int]] = {}
+    start = 0
+    for chunk in index.chunks(["bucket_width_px", "bucket_height_px"]):
+        sizes = np.stack([column.to_numpy() for column in chunk.columns], axis=1)
+        for width_px, height_px in np.unique(sizes, axis=0).tolist():
+            rows = np.flatnonzero((sizes == (width_px, height_px)).all(axis=1))[:num_pictures] + start
+            by_bucket.setdefault((width_px, height_px), []).extend(rows.tolist())
+        start += chunk.num_rows
+    queues = [(bucket, rows[:num_pictures]) for bucket, rows in sorted(by_bucket.items())]
+    longest = max((len(rows) for _, rows in queues), default=0)
+    turns = [(rows[depth], bucket) for depth in range(longest) for bucket, rows in queues if depth < len(rows)]
+    keys = index.take([row for row, _ in turns[:num_pictures]], ["key"])["key"].to_pylist()
+    places = _places(config, keys)
+    return [_Shown(key, bucket, places[key]) for key, (_, bucket) in zip(keys, turns, strict=False) if key in places]
+
+
+def _places(config: CacheLatentsConfig, keys: list[str]) -> dict[str, ImagePlace]:
+    """Where the pictures of keys are, as the shards' listings have it."""
+    wanted = NameTable(pa.array(keys, pa.large_string()))
+    found: dict[str, ImagePlace] = {}
+    for path in sorted((config.out / "latents" / LEDGER_FOLDER).glob(f"*{ENDING}")):
+        if len(found) == len(keys):
+            break
+        rows = ShardRows.open(path)
+        positions = wanted.find(rows.table["key"])
+        mine = np.flatnonzero(positions >= 0)
+        places = rows.places(mine, config.source)
+        found |= {keys[position]: place for position, place in zip(positions[mine].tolist(), places, strict=True)}
+    return found
+
+
+def _cell(config: CacheLatentsConfig, store: LatentStore, shown: _Shown) -> Image.Image | None:
     """One picture, its latents and its key; None where either is gone."""
-    picture = _picture(config, row)
     try:
-        latents = false_colour(read_per_image(config.out / "latents" / row.file).latents)
-    except SdxlFlowsError:
+        latents = false_colour(store.read(shown.key).latents.astype(np.float32))
+        with ImageReader() as reader:
+            data = reader.read(shown.place)
+        picture = Image.fromarray(decode(data, compat=config.compat, background=config.background))
+    except (SdxlFlowsError, BadPicture):
         return None
-    if picture is None:
-        return None
+    picture.thumbnail((CELL_PX, CELL_PX))
     scaled = [_fit(image) for image in (picture, latents)]
     height = max(image.height for image in scaled)
     cell = Image.new("RGB", (CELL_WIDTH_PX, height + 3 * GAP_PX + LABEL_PX), "#ffffff")
     for column, image in enumerate(scaled):
         cell.paste(image, (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX))
-    name = row.key if len(row.key) <= 40 else "..." + row.key[-37:]
-    label = f"{name}  {row.bucket[0]}x{row.bucket[1]}"
+    name = shown.key if len(shown.key) <= 40 else "..." + shown.key[-37:]
+    label = f"{name}  {shown.bucket[0]}x{shown.bucket[1]}"
     ImageDraw.Draw(cell).text((GAP_PX, height + GAP_PX + 4), label.encode("ascii", "replace").decode(), fill="#33404a")
     return cell
 
@@ -92,16 +129,3 @@ def _fit(image: Image.Image) -> Image.Image:
     scale = CELL_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST)
-
-
-def _picture(config: CacheLatentsConfig, row: LatentRow) -> Image.Image | None:
-    stem = config.source / row.file.removesuffix(".npz")
-    for path in sorted(stem.parent.glob(f"{glob.escape(stem.name)}.*")):
-        if path.suffix.lower() not in (".npz", ".txt", ".caption"):
-            try:
-                image = Image.fromarray(decode(path.read_bytes(), compat=config.compat, background=config.background))
-            except (BadPicture, OSError):
-                continue
-            image.thumbnail((CELL_PX, CELL_PX))
-            return image
-    return None

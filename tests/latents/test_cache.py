@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from support.latent_sets import collection, committed, snapshot
 from support.pictures import bomb, encoded, picture
 
 from sdxl_core.buckets import BucketTable
@@ -32,25 +33,6 @@ from sdxl_core.latents.vae import EncodeFunction, load_encoder, posterior_noise
 from sdxl_core.lock import output_lock
 from sdxl_core.models.load import load_vae
 from sdxl_core.rejected import read_rejected
-
-
-def collection(num_pictures: int = 12) -> dict[str, bytes]:
-    sizes = [(64, 64), (90, 60), (60, 90), (128, 40), (50, 70)]
-    kinds = [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")]
-    files = {}
-    for number in range(num_pictures):
-        width_px, height_px = sizes[number % len(sizes)]
-        suffix, kind = kinds[number % len(kinds)]
-        files[f"{'deep/' if number % 4 == 3 else ''}{number:03}.{suffix}"] = encoded(
-            picture(width_px, height_px, seed=number), kind
-        )
-    return files
-
-
-def snapshot(out: Path) -> dict[str, bytes]:
-    """Every finished file of a cache, ledgers aside (they tell times and speeds)."""
-    files = [*out.glob("latents/**/*.npz"), out / "meta_lat.json", out / "rejected.jsonl"]
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(files) if path.exists()}
 
 
 def test_latents_are_the_vaes_posterior_sample_of_the_fitted_pixels(make_job: Any) -> None:
@@ -324,7 +306,7 @@ def test_training_never_sees_latents_that_were_not_committed(make_job: Any) -> N
         config.out / "latents" / "000.npz",
         latents=other.latents + 1, original_size=np.array([1, 1]), crop_ltrb=np.zeros(4),
     )  # fmt: skip
-    with pytest.raises(ShardError, match="other latents than were committed"):
+    with pytest.raises(ShardError, match="other bytes than were committed"):
         store.read("000")
 
 
@@ -353,8 +335,7 @@ def test_a_cache_killed_at_random_moments_ends_like_an_undisturbed_one(make_job:
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
         num_before = len(list(latents.glob("**/*.npz")))
-    committed = LatentStore(config.out / "latents").keys
-    assert len(committed) >= num_before - config.commit_size - config.batch_size
+    assert committed(config.out) >= num_before - config.commit_size - config.batch_size
     assert 0 < num_before < 60
     cache_latents(config)
     assert snapshot(config.out) == snapshot(calm.out)
@@ -402,14 +383,23 @@ def test_damaged_settings_are_told(make_job: Any, content: bytes) -> None:
         cache_latents(config)
 
 
-def test_a_damaged_listing_of_a_shard_is_made_again(make_job: Any) -> None:
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_damaged_listing_of_a_shard_is_made_again(make_job: Any, is_finished: bool) -> None:
     config = make_job(collection(4))
     cache_latents(config)
     before = snapshot(config.out)
-    for path in (config.out / "latents" / ".ledger").glob("*.jsonl"):
+    folder = config.out / "latents" / ".ledger"
+    if not is_finished:
+        for path in folder.glob("*.ledger.jsonl"):
+            path.unlink()
+    (listing,) = folder.glob("*.rows.arrow")
+    whole = listing.read_bytes()
+    listing.write_bytes(b"x" * len(whole))
+    cache_latents(config)
+    assert snapshot(config.out) == before
+    listing.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    for path in folder.glob("*.ledger.jsonl"):
         path.unlink()
-    (listing,) = (config.out / "latents" / ".ledger").glob("*.rows.json")
-    listing.write_bytes(b"x" * listing.stat().st_size)
     with pytest.raises(ShardError, match="gone or damaged"):
         cache_latents(config)
     cache_latents(config)

@@ -11,6 +11,7 @@ import pytest
 from sdxl_core.errors import DataError
 from sdxl_core.latents import index
 from sdxl_core.latents.index import BATCH_ROWS, ROWS, IndexWriter, LatentIndex
+from sdxl_core.latents.tables import checked_json
 
 
 def columns(keys: list[str], **other: Any) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def test_a_write_that_fails_leaves_the_index_that_was_there(tmp_path: Path) -> N
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"format": 99}'])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"format": 99}', checked_json({"format": 99})])
 def test_a_damaged_or_foreign_end_is_told(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match="no index"):
         LatentIndex.open(tmp_path)

@@ -1,0 +1,80 @@
+"""The settings a latent set was made with: remembered beside it, and others are refused by the field that differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from sdxl_core.config import CacheLatentsConfig
+from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.files import digest_of, write_atomic
+from sdxl_core.latents.rows import FORMAT, LEDGER_FOLDER
+
+# Settings that change what is stored; the others only change how fast it is made.
+SHAPING = (
+    "resolution_px", "min_bucket_px", "max_bucket_px", "bucket_step_px", "no_upscale", "dtype", "batch_size", "compat",
+    "background", "min_side_px", "max_image_megapixels", "max_cropped_share", "seed", "layout", "packed_dtype",
+    "npz_naming", "flip_aug", "alpha_mask", "logvar",
+)  # fmt: skip
+_OF_LAYOUT = {"packed_dtype": "packed", "npz_naming": "per_image"}
+
+
+def check_settings(config: CacheLatentsConfig) -> str:
+    """The settings' fingerprint; `out` remembers them, and refuses others by the field that differs.
+
+    Raises: ConfigError: other settings.   DataError: what was remembered is damaged.
+    """
+    from sdxl_core.models.load import vae_fingerprint
+
+    settings: dict[str, Any] = {"format": FORMAT, "vae": vae_fingerprint(config.vae)}
+    settings |= {
+        name: getattr(config, name) for name in SHAPING if _OF_LAYOUT.get(name, config.layout) == config.layout
+    }
+    path = settings_path(config.out / "latents")
+    if not path.exists():
+        write_atomic(path, orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+    old = read_settings(config.out / "latents")
+    for name, value in settings.items():
+        if old.get(name) != value:
+            raise _refused(config, name, old.get(name), value)
+    return fingerprint_of(old)
+
+
+def settings_path(latents: Path) -> Path:
+    return latents / LEDGER_FOLDER / "settings.json"
+
+
+def read_settings(latents: Path) -> dict[str, Any]:
+    """What a latent set was made with. Raises: DataError: unknown, or damaged."""
+    path = settings_path(latents)
+    try:
+        stored = orjson.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{latents}: not a latent set of ours (it has no {path.relative_to(latents)}). Name the out folder of "
+            f"cache-latents, or its latents folder."
+        ) from error
+    except orjson.JSONDecodeError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise DataError(
+            f"{path}: damaged, so it is not known with which settings these latents were made. Put a copy of it back, "
+            f"or delete {latents} and encode again."
+        )
+    return stored
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """64 hex digits: the settings' identity."""
+    return digest_of(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS))
+
+
+def _refused(config: CacheLatentsConfig, name: str, old: Any, new: Any) -> ConfigError:
+    shown = "other weights than" if name == "vae" else f"{name} = {old!r}, not"
+    now = f"vae = {config.vae}" if name == "vae" else repr(new)
+    return ConfigError(
+        f"{config.out / 'latents'} was made with {shown} {now}. Latents of different settings are never mixed: set "
+        f"{name} back, choose another out folder, or delete {config.out / 'latents'}."
+    )

@@ -1,0 +1,349 @@
+"""Reading every byte of a latent set: CRC, shape, finite values, settings; and encoding again exactly what is bad."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
+from sdxl_core.errors import DataError, ShardError
+from sdxl_core.files import sha256_file, write_atomic
+from sdxl_core.latents.cache import CONFIG, cache_latents
+from sdxl_core.latents.formats import PackedFile, read_per_image
+from sdxl_core.latents.formats.record import is_finite
+from sdxl_core.latents.index import INDEX_END, LatentIndex
+from sdxl_core.latents.join import SET, join_latents
+from sdxl_core.latents.ledger import KEPT, REMOVED, SUMMARY, LatentFile, ShardLedger, read_summary
+from sdxl_core.latents.matching import NameTable
+from sdxl_core.latents.plan import PLAN, last_plan
+from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, shard_file
+from sdxl_core.latents.settings import fingerprint_of, read_settings
+from sdxl_core.latents.tables import parse_checked, read_words
+from sdxl_core.lock import output_lock
+from sdxl_core.progress import Progress, no_progress
+from sdxl_core.refs import RemovedRef, VerifiedRef
+
+FINDINGS = "verify.jsonl"
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something bad. `keys`: pictures whose latents are, none where it is a list of ours that is made again."""
+
+    file: str
+    problem: str
+    keys: tuple[str, ...] = ()
+
+
+def verify_latents(config: VerifyLatentsConfig, *, progress: Progress = no_progress) -> VerifiedRef:
+    """Read everything. With `repair`, bad rows are taken out of their ledgers and encoded again, and lists made anew.
+
+    Without it nothing is changed but the list of findings, so it may run beside a cache that is being made.
+    Raises: ShardError: something is bad and was not to be repaired, or could not be.   DataError: no latent set.
+    """
+    started = time.monotonic()
+    latents = latents_folder(config.path)
+    with output_lock(latents, purpose="verify --repair") if config.repair else nullcontext():
+        check = _Check(latents, config, progress)
+        findings = check.run()
+        path = latents / LEDGER_FOLDER / FINDINGS
+        write_atomic(path, (orjson.dumps(asdict(f), option=orjson.OPT_APPEND_NEWLINE) for f in findings))
+        num_bad = sum(len(finding.keys) for finding in findings)
+        if findings and not config.repair:
+            raise ShardError(_told(latents, findings, num_bad, path))
+        if findings:
+            check.take_out()
+            cache_latents(stored_config(latents), progress=progress)
+            left = _Check(latents, config, no_progress).run()
+            if left:
+                raise ShardError(f"After the repair:\n{_told(latents, left, num_bad, path)}")
+    return VerifiedRef(
+        path=latents,
+        fingerprint=fingerprint_of(read_settings(latents)),
+        num_files=check.num_files,
+        num_bytes=check.num_bytes,
+        num_rows=check.num_rows,
+        num_repaired=num_bad,
+        findings=path,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def latents_folder(path: Path) -> Path:
+    """The latents folder of a run folder, or the folder itself. Raises: DataError: neither."""
+    for folder in (path, path / "latents"):
+        if (folder / LEDGER_FOLDER).is_dir():
+            return folder
+    read_settings(path if path.name == "latents" else path / "latents")
+    raise AssertionError(path)
+
+
+def stored_config(latents: Path) -> CacheLatentsConfig:
+    """What the set was last made with, its place as it is now. Raises: DataError: not known."""
+    path = latents / LEDGER_FOLDER / CONFIG
+    try:
+        config = CacheLatentsConfig.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(
+            f"{path}: gone or damaged, so it is not known how to encode again what is bad. Run cache-latents with its "
+            f"parameters instead: it encodes what was taken out."
+        ) from error
+    return config.model_copy(update={"out": latents.parent})
+
+
+def _told(latents: Path, findings: Sequence[Finding], num_bad: int, path: Path) -> str:
+    lines = [f"  {finding.file}: {finding.problem}" for finding in findings[:5]]
+    more = [f"  and {len(findings) - 5} more, all in {path}"] if len(findings) > 5 else []
+    head = f"{latents}: {len(findings)} files are not as they were written, {num_bad} pictures' latents with them:"
+    advice = (
+        f"Nothing of it is served to training. `sdxl-flows verify {latents} --repair` encodes exactly these pictures "
+        f"again."
+    )
+    return "\n".join([head, *lines, *more, advice])
+
+
+class _Check:
+    """One reading of a set. num_files, num_bytes, num_rows: what was read and is good."""
+
+    def __init__(self, latents: Path, config: VerifyLatentsConfig, progress: Progress) -> None:
+        self._latents, self._progress = latents, progress
+        self._num_threads = config.threads or 2 * (os.cpu_count() or 1)
+        self.num_files = self.num_bytes = self.num_rows = 0
+        self._lost: dict[Path, list[int]] = {}
+        self._damaged_lists: list[Path] = []
+        settings = read_settings(latents)
+        self._fingerprint = fingerprint_of(settings)
+        dtype = settings.get("packed_dtype", "float32")
+        self._dtype = np.dtype(dtype if settings.get("layout") == "packed" else "float32")
+
+    def run(self) -> list[Finding]:
+        findings = [*self._lists(), *self._missing_listings()]
+        paths = sorted((self._latents / LEDGER_FOLDER).glob(f"*{ENDING}"))
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            for number, path in enumerate(paths):
+                findings += self._shard(path, pool)
+                self._progress("verify", number + 1, len(paths), f"{self.num_bytes / 1e9:.1f} GB")
+        return findings
+
+    def take_out(self) -> None:
+        """Bad rows are open again; damaged lists go, and are made anew by the next join."""
+        for path, rows in self._lost.items():
+            ledger = ShardLedger.read(path, ShardRows.open(path).num_rows)
+            ledger.settle(self._latents)
+            files = {ledger.files[number].path for number in np.unique(ledger.columns["file"][rows]).tolist()}
+            ledger.lose(rows)
+            kept = np.unique(ledger.columns["file"][ledger.rows(KEPT)]).tolist()
+            for name in files - {ledger.files[number].path for number in kept}:
+                (self._latents / name).unlink(missing_ok=True)
+        for path in self._damaged_lists:
+            path.unlink(missing_ok=True)
+
+    def _lists(self) -> Iterator[Finding]:
+        """The index and meta_lat.json against what was written."""
+        folder = self._latents / LEDGER_FOLDER
+        if not (folder / SET).exists():
+            return
+        joined = parse_checked((folder / SET).read_bytes())
+        if joined is None:
+            self._damaged_lists.append(folder / SET)
+            yield Finding(file=f"{LEDGER_FOLDER}/{SET}", problem="damaged")
+            return
+        if not joined["num_kept"]:
+            return
+        metadata = self._latents.parent / "meta_lat.json"
+        if not metadata.exists() or sha256_file(metadata) != joined["metadata_sha256"]:
+            self._damaged_lists.append(folder / SET)
+            yield Finding(file="../meta_lat.json", problem="is not what cache-latents wrote")
+        try:
+            index = LatentIndex.open(self._latents)
+            problems = index.verify()
+            if index.fingerprint != self._fingerprint:
+                problems.append("the index is of latents of other settings")
+        except DataError as error:
+            problems = [str(error)]
+        if problems:
+            self._damaged_lists.append(self._latents / INDEX_END)
+        for problem in problems:
+            yield Finding(file="index.arrow", problem=problem)
+
+    def _missing_listings(self) -> Iterator[Finding]:
+        folder = self._latents / LEDGER_FOLDER
+        try:
+            shards = read_words(folder / PLAN)["shards"] if (folder / PLAN).exists() else []
+        except ShardError:
+            self._damaged_lists.append(folder / PLAN)
+            yield Finding(file=f"{LEDGER_FOLDER}/{PLAN}", problem="damaged")
+            return
+        for digest in shards:
+            if not (folder / f"{digest[:32]}{ENDING}").exists():
+                yield Finding(file=f"{LEDGER_FOLDER}/{digest[:32]}{ENDING}", problem="the listing of a shard is gone")
+
+    def _shard(self, path: Path, pool: ThreadPoolExecutor) -> Iterator[Finding]:
+        name = path.relative_to(self._latents).as_posix()
+        try:
+            rows = ShardRows.open(path)
+            keys = rows.table["key"]
+        except ShardError:
+            self._damaged_lists.append(path)
+            yield Finding(file=name, problem="the listing of this shard is damaged; its pictures are encoded again")
+            return
+        ledger = ShardLedger.read(path, rows.num_rows)
+        if ledger.is_damaged:
+            self._lost.setdefault(path, [])
+            yield Finding(
+                file=ledger.path.name, problem="lines of this ledger are damaged; their groups are done again"
+            )
+        yield from self._summary(path, ledger)
+        kept = ledger.rows(KEPT)
+        order = kept[np.argsort(ledger.columns["file"][kept], kind="stable")]
+        numbers, starts = np.unique(ledger.columns["file"][order], return_index=True)
+        jobs = zip(numbers.tolist(), np.split(order, starts[1:]) if len(order) else [], strict=True)
+        for file, mine, problem, bad in _ahead(pool, lambda job: self._file(ledger, *job), jobs, self._num_threads):
+            self.num_files += 1
+            self.num_bytes += file.num_bytes
+            self.num_rows += len(mine) - len(bad)
+            if problem:
+                self._lost.setdefault(path, []).extend(bad)
+                yield Finding(file=file.path, problem=problem, keys=tuple(keys.take(pa.array(bad)).to_pylist()))
+
+    def _summary(self, path: Path, ledger: ShardLedger) -> Iterator[Finding]:
+        """A summary that goes with its ledger says the same."""
+        file = shard_file(path, SUMMARY)
+        if not file.exists():
+            return
+        try:
+            read_words(file)
+            summary = read_summary(path)
+            if summary is None:  # of an earlier state of the ledger; not believed
+                return
+            table = summary.table()
+            names = ("state", "file", "at", "crc32")
+            if all(np.array_equal(table[name].to_numpy(), ledger.columns[name]) for name in names):
+                return
+        except ShardError:
+            pass
+        self._damaged_lists.append(file)
+        yield Finding(file=f"{LEDGER_FOLDER}/{file.name}", problem="is damaged, or differs from its ledger")
+
+    def _file(
+        self, ledger: ShardLedger, number: int, rows: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ) -> tuple[LatentFile, list[int], str, list[int]]:
+        """What a file's rows are, what is wrong with it ("" for nothing), and the bad ones of its rows."""
+        file, mine = ledger.files[number], rows.tolist()
+        try:
+            if ledger.columns["at"][mine[0]] >= 0:
+                problem, bad = self._packed(file, ledger, mine)
+            else:
+                problem, bad = self._per_image(file, ledger, mine[0]), mine
+        except ShardError as error:
+            problem, bad = str(error), mine
+        return file, mine, problem, bad if problem else []
+
+    def _per_image(self, file: LatentFile, ledger: ShardLedger, row: int) -> str:
+        record = read_per_image(self._latents / file.path, expected_crc32=file.crc32)
+        if record.bucket != tuple(ledger.columns["bucket"][row].tolist()):
+            return f"holds latents of bucket {record.bucket}, not {ledger.columns['bucket'][row].tolist()}"
+        return "" if all(is_finite(array) for _, array in record.arrays()) else "holds values that are not finite"
+
+    def _packed(self, file: LatentFile, ledger: ShardLedger, rows: list[int]) -> tuple[str, list[int]]:
+        packed = PackedFile(self._latents / file.path)
+        checked = packed.verify()
+        at = ledger.columns["at"][rows]
+        if packed.dtype != self._dtype or packed.bucket != tuple(ledger.columns["bucket"][rows[0]].tolist()):
+            return f"holds {packed.dtype} latents of bucket {packed.bucket}", rows
+        damaged = np.isin(at, [*checked.damaged_rows, *checked.infinite_rows])
+        damaged |= packed.row_crc32s[at] != ledger.columns["crc32"][rows]
+        if damaged.any():
+            return f"{int(damaged.sum())} of its rows are damaged", np.array(rows)[damaged].tolist()
+        is_as_written = checked.crc32 == file.crc32 and not checked.is_damaged
+        if is_as_written or np.setdiff1d(checked.damaged_rows, at).size:  # of a row that was replaced
+            return "", []
+        return "is damaged beside its rows", rows
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
+    """`work` of every item, in order, with a bounded number under way."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > 4 * num_threads:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def remove_latents(config: RemoveLatentsConfig, *, progress: Progress = no_progress) -> RemovedRef:
+    """Take pictures' latents out: their rows in the ledgers, their files, and their entries in meta_lat.json and index.
+
+    Rows of packed files stay on disk until `compact`. What the metadata still asks for is encoded again by the next
+    cache-latents. Raises: ConfigError, DataError, LockedError.
+    """
+    latents = latents_folder(config.path)
+    keys = list(dict.fromkeys([*config.keys, *_keys_of(config)]))
+    wanted, known = NameTable(pa.array(keys, pa.large_string())), np.zeros(len(keys), bool)
+    num_removed = 0
+    with output_lock(latents, purpose="remove-latents"):
+        paths = sorted((latents / LEDGER_FOLDER).glob(f"*{ENDING}"))
+        for number, path in enumerate(paths):
+            rows = ShardRows.open(path)
+            found = wanted.find(rows.table["key"])
+            mine = np.flatnonzero(found >= 0)
+            if len(mine):
+                removed = _remove(latents, path, rows, mine)
+                known[found[removed]] = True
+                num_removed += len(removed)
+            progress("remove", number + 1, len(paths))
+        if num_removed:
+            _join_without(latents)
+    return RemovedRef(path=latents, num_removed=num_removed, num_unknown=int((~known).sum()))
+
+
+def _keys_of(config: RemoveLatentsConfig) -> list[str]:
+    if config.keys_file is None:
+        return []
+    try:
+        return config.keys_file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{config.keys_file}: cannot be read as a list of keys, one a line ({error}).") from error
+
+
+def _remove(
+    latents: Path, path: Path, rows: ShardRows, mine: np.ndarray[tuple[int], np.dtype[np.int64]]
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Take rows out of a shard. Returns those that were there."""
+    ledger = ShardLedger.read(path, rows.num_rows)
+    mine = mine[ledger.columns["state"][mine] != REMOVED]
+    kept = mine[ledger.columns["state"][mine] == KEPT]
+    ledger.remove(mine)
+    if ledger.is_done:
+        ledger.summarise()
+    for row in kept[ledger.columns["at"][kept] < 0].tolist():
+        (latents / ledger.files[ledger.columns["file"][row]].path).unlink(missing_ok=True)
+    return mine
+
+
+def _join_without(latents: Path) -> None:
+    """meta_lat.json and the index name only what is left; the next run plans anew."""
+    folder = latents / LEDGER_FOLDER
+    plan = last_plan(folder)
+    try:
+        if plan is None:
+            raise ShardError(f"{folder}: without a plan")
+        join_latents(stored_config(latents), plan)
+    except ShardError:  # a shard is not finished: the run that finishes it joins
+        (latents / INDEX_END).unlink(missing_ok=True)
+        (folder / SET).unlink(missing_ok=True)
+    (folder / PLAN).unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Verify finds whatever is not as it was written; repair makes exactly that again; nothing damaged is ever served."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.latent_sets import collection, contents, snapshot
+
+from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
+from sdxl_core.errors import DataError, SdxlFlowsError, ShardError
+from sdxl_core.latents import LatentStore, encode
+from sdxl_core.latents.cache import cache_latents
+from sdxl_core.latents.formats import write_per_image
+from sdxl_core.latents.ledger import LatentFile, ShardLedger
+from sdxl_core.latents.rows import ShardRows
+from sdxl_core.latents.verify import remove_latents, verify_latents
+
+
+def flip(path: Path, place: int, bit: int = 1) -> None:
+    """Change one bit and leave size and time as they were, as a disk does."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.fixture(scope="module", params=["per_image", "packed"])
+def cached(request: Any, tmp_path_factory: pytest.TempPathFactory) -> CacheLatentsConfig:
+    """A finished set of two shards; tests copy it."""
+    folder = tmp_path_factory.mktemp("set")
+    (folder / "in" / "deep").mkdir(parents=True)
+    files = collection(7)
+    for name, data in files.items():
+        (folder / "in" / name).write_bytes(data)
+    keys = [name.rpartition(".")[0] for name in files]
+    (folder / "meta.json").write_text(json.dumps({key: {"tags": key} for key in keys}, indent=2))
+    config = CacheLatentsConfig(
+        source=folder / "in", metadata=folder / "meta.json", out=folder / "out", resolution_px=64, min_bucket_px=32,
+        max_bucket_px=128, bucket_step_px=32, devices="cpu", shard_size=5, batch_size=2, layout=request.param,
+    )  # fmt: skip
+    cache_latents(config)
+    return config
+
+
+@pytest.fixture
+def mine(cached: CacheLatentsConfig, tmp_path: Path) -> CacheLatentsConfig:
+    shutil.copytree(cached.out, tmp_path / "out")
+    return cached.model_copy(update={"out": tmp_path / "out"})
+
+
+def test_a_good_set_is_said_to_be_good_and_not_touched(mine: CacheLatentsConfig) -> None:
+    before = snapshot(mine.out)
+    for path in (mine.out, mine.out / "latents"):
+        ref = verify_latents(VerifyLatentsConfig(path=path))
+        files = list((mine.out / "latents").rglob("*.npz"))
+        assert (ref.num_rows, ref.num_files, ref.num_repaired) == (7, len(files), 0)
+        assert ref.num_bytes == sum(file.stat().st_size for file in files)
+    assert verify_latents(VerifyLatentsConfig(path=mine.out, repair=True)).num_repaired == 0
+    assert snapshot(mine.out) == before
+
+
+def test_one_flipped_byte_anywhere_is_found_and_never_served(mine: CacheLatentsConfig) -> None:
+    right = contents(mine.out)
+    path = sorted((mine.out / "latents").rglob("*.npz"))[0]
+    size = path.stat().st_size
+    places = {*range(0, 300, 9), *range(0, size, 307), *range(size - 400, size, 11)}
+    for place in sorted(places):
+        flip(path, place, 1 << place % 8)
+        with pytest.raises(ShardError, match="not as they were written"):
+            verify_latents(VerifyLatentsConfig(path=mine.out))
+        store = LatentStore(mine.out / "latents")
+        for key, expected in right.items():
+            try:
+                record = store.read(key)
+            except ShardError:
+                continue
+            assert tuple((n, a.dtype.str, a.tobytes()) for n, a in record.arrays()) == expected[0], place
+        flip(path, place, 1 << place % 8)
+    assert verify_latents(VerifyLatentsConfig(path=mine.out)).num_rows == 7
+
+
+@pytest.mark.parametrize("damage", ["row", "header", "cut", "gone", "two files"])
+def test_repair_encodes_exactly_what_is_bad_to_the_same_bytes(
+    mine: CacheLatentsConfig, damage: str, monkeypatch: Any
+) -> None:
+    whole, right = snapshot(mine.out), contents(mine.out)
+    paths = sorted((mine.out / "latents").rglob("*.npz"))
+    for path in paths[:2] if damage == "two files" else paths[:1]:
+        if damage == "gone":
+            path.unlink()
+        elif damage == "cut":
+            path.write_bytes(path.read_bytes()[:-7])
+        else:
+            flip(path, 30 if damage == "header" else 500)
+    written: list[int] = []
+    commit = encode.ShardLedger.commit
+
+    def watched(ledger: Any, group: Any) -> None:
+        written.extend(group.rows)
+        commit(ledger, group)
+
+    monkeypatch.setattr(encode.ShardLedger, "commit", watched)
+    ref = verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
+    findings = [json.loads(line) for line in ref.findings.read_text().splitlines()]
+    bad = {key for finding in findings for key in finding["keys"]}
+    assert ref.num_rows == 7 - len(bad) and ref.num_repaired == len(bad) == len(written) > 0
+    assert contents(mine.out) == right
+    if mine.layout == "per_image":
+        assert snapshot(mine.out) == whole
+    assert verify_latents(VerifyLatentsConfig(path=mine.out)).num_rows == 7
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["index.arrow", "index.files.arrow", "index.keys.arrow", "index.json", "../meta_lat.json", "*.rows.arrow",
+     "*.done.arrow", "*.ledger.jsonl", "set.json"],
+)  # fmt: skip
+def test_damaged_lists_of_ours_are_found_and_made_again(mine: CacheLatentsConfig, name: str) -> None:
+    whole, right = snapshot(mine.out), contents(mine.out)
+    latents = mine.out / "latents"
+    path = next(iter(sorted((latents / ".ledger").glob(name))), latents / name) if "/" not in name else latents / name
+    for place in (0, path.stat().st_size // 3, path.stat().st_size // 2, path.stat().st_size - 2):
+        if not path.exists():
+            path = next(iter(sorted((latents / ".ledger").glob(name))))
+        flip(path, min(place, path.stat().st_size - 1), 4)
+        with pytest.raises(SdxlFlowsError):
+            verify_latents(VerifyLatentsConfig(path=mine.out))
+        try:
+            verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
+        except DataError as error:
+            assert "again" in str(error)
+            verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
+        verify_latents(VerifyLatentsConfig(path=mine.out))
+        assert contents(mine.out) == right
+    assert json.loads(snapshot(mine.out)["meta_lat.json"]) == json.loads(whole["meta_lat.json"])
+
+
+def test_values_that_are_not_finite_are_found_though_all_checksums_fit(mine: CacheLatentsConfig) -> None:
+    if mine.layout == "packed":
+        pytest.skip("one way to write such a file is enough")
+    listing = sorted((mine.out / "latents" / ".ledger").glob("*.rows.arrow"))[0]
+    ledger = ShardLedger.read(listing, ShardRows.open(listing).num_rows)
+    file = ledger.files[0]
+    record = LatentStore(mine.out / "latents").read(file.path.removesuffix(".npz"))
+    latents = record.latents.copy()
+    latents[0, 0, 0] = np.nan
+    path = mine.out / "latents" / file.path
+    written = write_per_image(path, dataclasses.replace(record, latents=latents))
+    ledger.move([LatentFile(file.path, written.num_bytes, path.stat().st_mtime_ns, written.crc32)], [0], [0], [-1])
+    with pytest.raises(ShardError, match="not finite"):
+        verify_latents(VerifyLatentsConfig(path=mine.out))
+
+
+def test_removed_pictures_are_gone_until_they_are_wanted_again(mine: CacheLatentsConfig) -> None:
+    right = contents(mine.out)
+    ref = remove_latents(RemoveLatentsConfig(path=mine.out, keys=["000", "deep/003", "unknown"]))
+    assert (ref.num_removed, ref.num_unknown) == (2, 1)
+    left = {key: value for key, value in right.items() if key not in ("000", "deep/003")}
+    assert contents(mine.out) == left and list(json.loads((mine.out / "meta_lat.json").read_text())) == list(left)
+    if mine.layout == "per_image":
+        assert not (mine.out / "latents" / "000.npz").exists()
+    rejected = [json.loads(line) for line in (mine.out / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["key"], row["reason"]) for row in rejected] == [("000", "removed"), ("deep/003", "removed")]
+    assert verify_latents(VerifyLatentsConfig(path=mine.out)).num_rows == 5
+    assert cache_latents(mine).num_kept == 7 and list(contents(mine.out)) == list(right)
+
+
+def test_keys_to_remove_come_from_a_file_too(mine: CacheLatentsConfig, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("001\n002\n")
+    assert remove_latents(RemoveLatentsConfig(path=mine.out, keys_file=tmp_path / "keys.txt")).num_removed == 2
+    with pytest.raises(DataError, match="list of keys"):
+        remove_latents(RemoveLatentsConfig(path=mine.out, keys_file=tmp_path / "none.txt"))
+
+
+def test_what_is_no_latent_set_is_told(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="not a latent set of ours"):
+            verify_latents(VerifyLatentsConfig(path=path))
