@@ -1,6 +1,6 @@
 """Merging a folder of tag files into one JSON: ours against sd-scripts' way of doing it, in alternating runs.
 
-    python benchmarks/merge_tags.py [--sizes 5000,20000,80000] [--repeats 5]
+    python benchmarks/merge_tags.py [--sizes 12500,50000,200000] [--repeats 5]
 
 The rival below is written from the description of what sd-scripts does (docs of its metadata format): one directory
 scan for each of ten extensions, sorted `Path` objects, one `read_text` a picture, everything held, one
@@ -65,8 +65,8 @@ print(json.dumps({"wall_s": wall, "cpu_s": cpu() - before, "rss_mib": peak / 102
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="5000,20000,80000")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", default="12500,50000,200000")
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     print_machine()
     print(

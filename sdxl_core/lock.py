@@ -22,7 +22,7 @@ import orjson
 
 from sdxl_core.errors import LockedError
 from sdxl_core.files import disk_errors, folder_guard
-from sdxl_core.processes import process_start
+from sdxl_core.processes import boot_id, process_start
 
 HEARTBEAT_S = 10.0
 ABANDONED_AFTER_S = 60.0
@@ -190,12 +190,10 @@ def _file_system_now(path: Path) -> float:
 
 def _system() -> dict[str, str]:
     """Where a process id means the same process: the host, its boot, and its namespace of process ids."""
-    boot = namespace = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespace = ""
     with suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
-    return {"host": socket.gethostname(), "boot": boot, "pid_namespace": namespace}
+    return {"host": socket.gethostname(), "boot": boot_id(), "pid_namespace": namespace}
 
 
 def _beat(held: _Held) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 
@@ -31,6 +32,18 @@ def process_start(pid: int) -> str | None:
     except PermissionError:
         return ""
     return ""
+
+
+@cache
+def boot_id() -> str:
+    """What distinguishes this boot of this system from all others; "" where that is not told.
+
+    What was written in this boot is read back as it was written, after a SIGKILL too, whether or not it was synced.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str], *, grace_s: float) -> None:

@@ -99,13 +99,13 @@ class MetadataRef:
 class MergeShardRef:
     """A finished merge shard: `path` is its fragment of the JSON, `rejected` its rejected rows. seen = kept + rejected.
 
-    `sha256`, `num_bytes`: of the fragment.
+    `crc32`, `num_bytes`: of the fragment.
     """
 
     index: int
     digest: str
     path: Path
-    sha256: str
+    crc32: int
     num_bytes: int
     rejected: Path
     num_seen: int

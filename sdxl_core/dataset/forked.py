@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -28,18 +29,22 @@ def num_processes(num_wanted: int) -> int:
     return max(1, min(num_wanted, len(os.sched_getaffinity(0))))
 
 
-def map_forked(work: Callable[[T], R], items: Sequence[T], *, count: int, run: int = 1) -> Iterator[R]:
+def map_forked(
+    work: Callable[[T], R], items: Sequence[T], *, count: int, run: int = 1, caller_works: bool = True
+) -> Iterator[R]:
     """`work` of every item, in order, by `count` processes of which this one is the first.
 
-    Processes take turns, `run` consecutive items at a time.
+    Processes take turns, `run` consecutive items at a time. `caller_works`: False: all of them are children, where
+    there is more than one, so that this process does what it does with the results meanwhile.
     A process that fails or is killed just ends: its missing results are computed here, so a failure is met under its
     own name. Processes end with their parent, however it ends. Results must be picklable.
     """
     context = multiprocessing.get_context("fork")
     parent = os.getpid()
+    first = 1 if caller_works or count == 1 else 0  # the first that is a child
     running, readers = [], list[Connection]()
     try:
-        for start in range(1, count):
+        for start in range(first, count):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=_deliver,
@@ -59,17 +64,16 @@ def map_forked(work: Callable[[T], R], items: Sequence[T], *, count: int, run: i
             running.append(process)
             readers.append(reader)
         for index, item in enumerate(items):
-            owner = index // run % count
-            if owner and readers[owner - 1].closed:
+            owner = index // run % count - first
+            if owner < 0 or readers[owner].closed:
                 yield work(item)
-            elif owner:
-                try:
-                    yield readers[owner - 1].recv()
-                except (EOFError, OSError):
-                    readers[owner - 1].close()
-                    yield work(item)
-            else:
-                yield work(item)
+                continue
+            try:
+                result = readers[owner].recv()
+            except (EOFError, OSError):
+                readers[owner].close()
+                result = work(item)
+            yield result
     finally:
         for process in running:
             process.terminate()
@@ -82,6 +86,7 @@ def _deliver(
     work: Callable[[T], object], items: Sequence[T], writer: Connection, inherited: Sequence[Connection], parent: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
+    gc.freeze()  # what was inherited is not looked through, which would copy its pages
     for reader in inherited:
         reader.close()
     with suppress(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,19 +35,33 @@ class ImageFile(NamedTuple):
 class NameListing:
     """Names of the pictures below `source`, sorted as sd-scripts sorts; `rejected`: names that cannot be used.
 
-    `names` and `texts` are POSIX paths below the source; `keys`: the names without extension; `texts`: every file with
-    one of the asked text extensions.
+    `names` and `text_names` are POSIX paths below the source; `keys`: the names without extension; `text_names`: every
+    file with one of the asked text extensions, in no order.   `has_odd_texts`: something else has the name of a text: a
+    folder, a pipe, a link out of the data roots.
     """
 
     source: Path
     names: tuple[str, ...]
     keys: tuple[str, ...]
     rejected: tuple[Rejected, ...]
-    texts: frozenset[str]
+    text_names: list[str]
+    has_odd_texts: bool
 
     @property
     def num_seen(self) -> int:
         return len(self.names) + len(self.rejected)
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """`text_names`, made anew each time."""
+        return frozenset(self.text_names)
+
+    def may_have(self, keys: Sequence[str], extension: str) -> list[bool]:
+        """For each picture whether its text may be opened to see if it is there."""
+        if self.has_odd_texts:
+            texts = self.texts
+            return [key + extension in texts for key in keys]
+        return [any(name.endswith(extension) for name in self.text_names)] * len(keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,22 +107,46 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
         Rejected(stage=stage, key=_shown(name), reason="outside_roots", detail="a link out of the data roots")
         for name in _in_order(scan.outside)
     ]
-    names: list[str] = []
-    keys: list[str] = []
+    names = _in_order(scan.images)
+    keys = _keys_of(names)
+    spelled_well = all(map(str.isascii, names)) or all(map(_is_utf8, names))
+    if not spelled_well or len(set(keys)) < len(keys):
+        names, keys, refused = _without_refused(names, keys, stage)
+        rejected += refused
+    return NameListing(
+        source=source,
+        names=tuple(names),
+        keys=tuple(keys),
+        rejected=tuple(rejected),
+        text_names=scan.texts,
+        has_odd_texts=scan.has_odd_texts,
+    )
+
+
+def _keys_of(names: list[str]) -> list[str]:
+    """`key_of` of every picture; their names have a dot in the last part."""
+    stems = [name.rpartition(".")[0] for name in names]
+    return [stem if stem and stem[-1] != "/" else name for stem, name in zip(stems, names, strict=True)]
+
+
+def _without_refused(names: list[str], keys: list[str], stage: str) -> tuple[list[str], list[str], list[Rejected]]:
+    """The names that can be used, their keys, and why the others cannot."""
+    used: list[str] = []
+    used_keys: list[str] = []
+    refused: list[Rejected] = []
     owner: dict[str, str] = {}
-    for name in _in_order(scan.images):
-        key = key_of(name)
+    for name, key in zip(names, keys, strict=True):
         first = owner.setdefault(key, name)
         if not (name.isascii() or _is_utf8(name)):
             detail = "the file name is not valid UTF-8; rename the file"
-            rejected.append(Rejected(stage=stage, key=_shown(name), reason="bad_file_name", detail=detail))
+            refused.append(Rejected(stage=stage, key=_shown(name), reason="bad_file_name", detail=detail))
         elif first is not name:
             detail = f"{name} shares its name with {first}, which is used"
-            rejected.append(Rejected(stage=stage, key=name, reason="duplicate_key", detail=detail))
+            refused.append(Rejected(stage=stage, key=name, reason="duplicate_key", detail=detail))
         else:
-            names.append(name)
-            keys.append(key)
-    return NameListing(source=source, names=tuple(names), keys=tuple(keys), rejected=tuple(rejected), texts=scan.texts)
+            used.append(name)
+            used_keys.append(key)
+    return used, used_keys, refused
 
 
 def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: tuple[str, ...] = ()) -> ImageListing:
@@ -133,7 +172,8 @@ class _Scan(NamedTuple):
     images: list[str]
     dangling: list[str]
     outside: list[str]
-    texts: frozenset[str]
+    texts: list[str]
+    has_odd_texts: bool
 
 
 def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) -> _Scan:
@@ -145,6 +185,8 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
     outside: list[str] = []
     dangling: list[str] = []
     texts: list[str] = []
+    has_odd_texts = False
+    lists = dict.fromkeys(text_extensions, texts) | dict.fromkeys(IMAGE_EXTENSIONS, images)  # by extension
     folders, links = [""], list[str]()
     visited: set[tuple[int, int]] = set()
     while folders or links:
@@ -163,6 +205,12 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
             with os.scandir(source / prefix) as entries:
                 for entry in entries:
                     name = entry.name
+                    if entry.is_file(follow_symlinks=False):
+                        extension = name[name.rfind(".") :]
+                        if extension in lists or (extension := extension.lower()) in IMAGE_EXTENSIONS:
+                            lists[extension].append(prefix + name)
+                        continue
+                    has_odd_texts = has_odd_texts or name.endswith(text_extensions)
                     if roots and entry.is_symlink() and not is_allowed(entry.path, roots):
                         if name.lower().endswith(IMAGE_EXTENSIONS):
                             outside.append(prefix + name)
@@ -184,7 +232,7 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 f"{source / prefix}: this folder cannot be read ({error.strerror}), so its pictures are unknown. "
                 f"Change its permissions, or move it out of {source}."
             ) from error
-    return _Scan(images, dangling, outside, frozenset(texts))
+    return _Scan(images, dangling, outside, texts, has_odd_texts)
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
@@ -200,7 +248,9 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 
 def _in_order(names: list[str]) -> list[str]:
     """By path parts: `b/1` comes before `b-c/1`, though "-" sorts before "/"."""
-    return sorted(names, key=lambda name: name.split("/")) if any("/" in name for name in names) else sorted(names)
+    if any("/" in name for name in names):
+        return sorted(names, key=lambda name: name.replace("/", "\0"))  # what sorts before all a name may have
+    return sorted(names)
 
 
 def _with_sizes(source: Path, names: tuple[str, ...] | list[str]) -> list[ImageFile]:

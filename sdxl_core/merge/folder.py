@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -14,12 +15,25 @@ import orjson
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
 from sdxl_core.dataset.listing import NameListing, key_of, list_names
-from sdxl_core.dataset.text import UnreadableText, read_text
+from sdxl_core.dataset.text import UnreadableText
 from sdxl_core.errors import DataError
 from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.merge.clean import cleaned_text
-from sdxl_core.merge.shards import FORMAT, STAGE, Counts, Piece, refuse, shard_is_merged, shard_path
-from sdxl_core.refs import ShardRef
+from sdxl_core.merge.shards import (
+    FORMAT,
+    STAGE,
+    Counts,
+    Piece,
+    fragment_path,
+    refuse,
+    remember,
+    shard_is_merged,
+    shard_path,
+    work_folder,
+    write_fragment,
+)
+from sdxl_core.merge.texts import Texts
+from sdxl_core.refs import MergeShardRef, ShardRef
 
 ENTRIES_A_WRITE = 256  # more only fills memory
 MIN_IMAGES_A_PROCESS = 2_000  # below, a fork costs more than it saves (benchmarks/merge_tags.md)
@@ -32,6 +46,15 @@ def plan_folder(config: MergeTagsConfig) -> list[ShardRef]:
     the pictures themselves, which merging does not open.
     Raises: ConfigError, DataError.
     """
+    listing = list_folder(config)
+    num_shards = min(config.num_shards, len(listing.names))
+    plan = partial(_plan_shard, config=config, listing=listing, texts=listing.texts, num_shards=num_shards)
+    count = forked.num_processes(min(num_shards, len(listing.names) // MIN_IMAGES_A_PROCESS))
+    return list(forked.map_forked(plan, range(num_shards), count=count))
+
+
+def list_folder(config: MergeTagsConfig) -> NameListing:
+    """The pictures and text files. Raises: ConfigError.   DataError: no picture that can be used."""
     extensions = (config.tag_extension, config.caption_extension)
     listing = list_names(config.source, recursive=config.recursive, stage=STAGE, text_extensions=extensions)
     if not listing.names:
@@ -39,31 +62,72 @@ def plan_folder(config: MergeTagsConfig) -> list[ShardRef]:
             f"{config.source}: every picture was rejected, the first: {listing.rejected[0].key}: "
             f"{listing.rejected[0].detail}."
         )
-    settings = config.model_dump_json(exclude={"out", "num_shards"})
-    num_shards = min(config.num_shards, len(listing.names))
-    plan = partial(_plan_shard, config=config, listing=listing, settings=settings, num_shards=num_shards)
-    count = forked.num_processes(min(num_shards, len(listing.names) // MIN_IMAGES_A_PROCESS))
-    return list(forked.map_forked(plan, range(num_shards), count=count))
+    return listing
 
 
 def _plan_shard(
-    index: int, *, config: MergeTagsConfig, listing: NameListing, settings: str, num_shards: int
+    index: int, *, config: MergeTagsConfig, listing: NameListing, texts: frozenset[str], num_shards: int
 ) -> ShardRef:
     """Look at the shard's text files and store its rows, unless they are merged already."""
-    start, stop = (len(listing.names) * i // num_shards for i in (index, index + 1))
-    keys = listing.keys[start:stop]
-    columns = {
-        "names": listing.names[start:stop],
-        "tags": _text_stats(config.source, keys, listing.texts, config.tag_extension),
-        "captions": _text_stats(config.source, keys, listing.texts, config.caption_extension),
-        "rejected": [[row.key, row.reason, row.detail] for row in listing.rejected] if index == 0 else [],
-    }
-    body = orjson.dumps(columns)
-    digest = digest_of(FORMAT, settings, body)
-    shard = ShardRef(index=index, start=start, stop=stop, digest=digest, path=shard_path(config, digest))
+    part = _Part.of(listing, index, num_shards)
+    columns = part.columns(
+        _text_stats(config.source, part.keys, texts, config.tag_extension),
+        _text_stats(config.source, part.keys, texts, config.caption_extension),
+    )
+    shard, body = _shard(config, part, columns)
     if not shard_is_merged(shard, config) and not (shard.path.exists() and shard.path.read_bytes() == body):
         write_atomic(shard.path, body, sync=False)
     return shard
+
+
+def merge_part(index: int, *, config: MergeTagsConfig, listing: NameListing, num_shards: int) -> MergeShardRef:
+    """Plan and merge a shard in one go: the state of a text file is asked of the file that is open for reading.
+
+    What is left behind is what `plan_folder` and `merge_shard` leave. For a first run, when no shard can be finished.
+    Raises: DiskFullError, DataError.
+    """
+    part, counts = _Part.of(listing, index, num_shards), Counts()
+    tags, captions = (
+        Texts(config.source, extension, listing.may_have(part.keys, extension), states=[])
+        for extension in (config.tag_extension, config.caption_extension)
+    )
+    counts.rejected += [refuse(*row) for row in part.rejected]
+    path = work_folder(config) / f"first.{index}.fragment"
+    written = write_fragment(path, _pieces(config, part.names, part.keys, tags, captions, counts))
+    shard, _ = _shard(config, part, part.columns(tags.states or [], captions.states or []))
+    os.replace(path, fragment_path(shard))
+    return remember(shard, written, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A contiguous part of a listing. `rejected`: key, reason and detail of the listing's rejections."""
+
+    index: int
+    start: int
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    rejected: list[tuple[str, str, str]]
+
+    @classmethod
+    def of(cls, listing: NameListing, index: int, num_parts: int) -> _Part:
+        start, stop = (len(listing.names) * i // num_parts for i in (index, index + 1))
+        rejected = [(row.key, row.reason, row.detail) for row in listing.rejected] if index == 0 else []
+        return cls(index, start, listing.names[start:stop], listing.keys[start:stop], rejected)
+
+    def columns(self, tags: list[int], captions: list[int]) -> dict[str, Any]:
+        return {"names": self.names, "tags": tags, "captions": captions, "rejected": self.rejected}
+
+
+def _shard(config: MergeTagsConfig, part: _Part, columns: dict[str, Any]) -> tuple[ShardRef, bytes]:
+    """A shard, named by the digest of its rows and of the settings, and its rows."""
+    body = orjson.dumps(columns)
+    digest = digest_of(FORMAT, config.model_dump_json(exclude={"out", "num_shards"}), body)
+    stop = part.start + len(part.names)
+    return (
+        ShardRef(index=part.index, start=part.start, stop=stop, digest=digest, path=shard_path(config, digest)),
+        body,
+    )
 
 
 def _text_stats(source: os.PathLike[str], keys: Sequence[str], texts: frozenset[str], extension: str) -> list[int]:
@@ -89,45 +153,83 @@ def _text_stats(source: os.PathLike[str], keys: Sequence[str], texts: frozenset[
 def pieces_of_folder(config: MergeTagsConfig, stored: dict[str, Any], counts: Counts) -> Iterator[Piece]:
     """The entries of a stored listing, in its order."""
     counts.rejected += [refuse(key, reason, detail) for key, reason, detail in stored["rejected"]]
-    entries = _entries(config, stored, counts)
-    while batch := list(islice(entries, ENTRIES_A_WRITE)):
-        yield Piece(",\n".join(batch).encode("ascii"), len(batch))
+    keys = [key_of(name) for name in stored["names"]]
+    tags, captions = (
+        Texts(config.source, extension, [size >= 0 for size in stored[kind][::2]])
+        for kind, extension in (("tags", config.tag_extension), ("captions", config.caption_extension))
+    )
+    yield from _pieces(config, stored["names"], keys, tags, captions, counts)
 
 
-def _entries(config: MergeTagsConfig, stored: dict[str, Any], counts: Counts) -> Iterator[str]:
-    """Read the text files of a stored listing, in its order: entries as JSON text; the rest goes into `counts`."""
-    full_path, spelled = config.key_style == "full_path", str(config.source / "x")[:-1]
-    base = os.path.join(config.source, "")
-    sizes = stored["tags"][::2], stored["captions"][::2]
-    for name, tags_size, caption_size in zip(stored["names"], *sizes, strict=True):
-        key = key_of(name)
-        caption = tags = None
-        try:
-            if caption_size >= 0:
-                caption = read_text(base + key + config.caption_extension)
-            if tags_size >= 0:
-                tags = read_text(base + key + config.tag_extension)
-        except UnreadableText as error:
-            counts.rejected.append(refuse(key, error.reason, str(error)))
-            continue
-        except OSError as error:
-            counts.num_failed_reads += 1
-            detail = f"its text file cannot be read: {error.strerror}"
-            counts.rejected.append(refuse(key, "unreadable_text", detail))
-            continue
-        if tags and config.clean:
-            tags = cleaned_text(tags, config.clean)
-        if not (tags or caption):
-            if tags is None and caption is None:
-                short = os.path.basename(key)
-                detail = f"there is no {short}{config.tag_extension} or {short}{config.caption_extension} beside {name}"
-                counts.rejected.append(refuse(key, "no_caption", detail))
-                continue
-            if config.empty_tags == "reject":
-                counts.rejected.append(refuse(key, "empty_caption", "its text files are empty"))
-                continue
-            counts.num_empty += 1
-        fields = f'    "tags": {quoted(tags)}' if tags is not None else ""
-        if caption is not None:
-            fields = f'    "caption": {quoted(caption)}' + (",\n" + fields if fields else "")
-        yield f"  {quoted(spelled + name if full_path else key)}: {{\n{fields}\n  }}"
+def _pieces(
+    config: MergeTagsConfig, names: Sequence[str], keys: Sequence[str], tags: Texts, captions: Texts, counts: Counts
+) -> Iterator[Piece]:
+    """The entries of pictures, in their order; what has none goes into `counts`."""
+    prefix = str(config.source / "x")[:-1] if config.key_style == "full_path" else None
+    for start in range(0, len(names), ENTRIES_A_WRITE):
+        window = slice(start, start + ENTRIES_A_WRITE)
+        failures: dict[str, UnreadableText | OSError] = {}
+        rows = zip(
+            names[window],
+            keys[window],
+            captions.read(keys, window, failures),
+            tags.read(keys, window, failures),
+            strict=True,
+        )
+        is_plain = not (failures or config.clean)
+        entries: dict[str, dict[str, str]] = {}
+        for name, key, caption, tag_text in rows:
+            if is_plain and tag_text and caption is None:
+                entries[key if prefix is None else prefix + name] = {"tags": tag_text}
+            elif entry := _entry(config, name, key, caption, tag_text, failures.get(key), counts):
+                entries[key if prefix is None else prefix + name] = entry
+        if entries:
+            yield Piece(entries_text(entries), len(entries))
+
+
+def _entry(
+    config: MergeTagsConfig,
+    name: str,
+    key: str,
+    caption: str | None,
+    tags: str | None,
+    failure: UnreadableText | OSError | None,
+    counts: Counts,
+) -> dict[str, str] | None:
+    """A picture's entry, or None and why there is none goes into `counts`."""
+    if isinstance(failure, UnreadableText):
+        counts.rejected.append(refuse(key, failure.reason, str(failure)))
+        return None
+    if failure is not None:
+        counts.num_failed_reads += 1
+        counts.rejected.append(refuse(key, "unreadable_text", f"its text file cannot be read: {failure.strerror}"))
+        return None
+    if tags is None and caption is None:
+        short = os.path.basename(key)
+        detail = f"there is no {short}{config.tag_extension} or {short}{config.caption_extension} beside {name}"
+        counts.rejected.append(refuse(key, "no_caption", detail))
+        return None
+    if tags and config.clean:
+        tags = cleaned_text(tags, config.clean)
+    if not (tags or caption):
+        if config.empty_tags == "reject":
+            counts.rejected.append(refuse(key, "empty_caption", "its text files are empty"))
+            return None
+        counts.num_empty += 1
+    return {field: text for field, text in (("caption", caption), ("tags", tags)) if text is not None}
+
+
+def entries_text(entries: dict[str, dict[str, str]]) -> bytes:
+    """Entries as `json.dumps(indent=2)` writes them in a larger object, ASCII only."""
+    text = orjson.dumps(entries, option=orjson.OPT_INDENT_2)[2:-2]
+    if not text.isascii():
+        text = text.decode().encode("ascii", "json-escapes")
+    return text.replace(b"\x7f", b"\\u007f")
+
+
+def _json_escapes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return quoted(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("json-escapes", _json_escapes)

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from glob import escape
 from pathlib import Path
 
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import DataError
-from sdxl_core.files import remove_stale_partials, sha256_file, write_atomic
-from sdxl_core.merge.shards import STAGE, damaged, rejected_rows, work_folder
+from sdxl_core.files import atomic_writer, remove_stale_partials
+from sdxl_core.merge.shards import BLOCK_BYTES, STAGE, damaged, rejected_rows, work_folder
 from sdxl_core.refs import MergeShardRef, MetadataRef
 from sdxl_core.rejected import count_reasons, update_rejected
 
 
-def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> MetadataRef:
+def join_shards(config: MergeTagsConfig, shards: Iterable[MergeShardRef]) -> MetadataRef:
     """Stream the fragments into `config.out`; nothing is written where it holds exactly that already.
 
+    Args:   shards: in order; they are joined as they come.
     Raises: DataError: no picture has a text.   ShardError: a fragment is not as it was written.   DiskFullError.
+    """
+    if config.out.exists():  # what it shall hold must be known before anything is written
+        shards = list(shards)
+        sha256 = _sha256_if_same(config.out, shards)
+        if sha256:
+            return _joined(config, shards, sha256)
+    remove_stale_partials(config.out.parent, name=escape(config.out.name))
+    done: list[MergeShardRef] = []
+    digest = hashlib.sha256()
+    with atomic_writer(config.out) as file:
+        for piece in _whole_json(_noted(shards, done)):
+            digest.update(piece)
+            file.write(piece)
+        return _joined(config, done, digest.hexdigest())
+
+
+def _joined(config: MergeTagsConfig, shards: Sequence[MergeShardRef], sha256: str) -> MetadataRef:
+    """Tell the rejected pictures and what the whole is, and remove what earlier states of the source left.
+
+    Raises: DataError: no picture has a text.   ShardError.
     """
     num_kept = sum(shard.num_kept for shard in shards)
     rejected = [row for shard in shards for row in rejected_rows(shard)]
@@ -32,7 +54,6 @@ def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> Met
             f"({reasons}; see {rejected_path}). Tags are looked for in F{config.tag_extension} beside F.png; "
             f"see --tag-extension."
         )
-    sha256 = _write_whole_json(config.out, [shard for shard in shards if shard.num_kept])
     _remove_old_work(config, shards)
     return MetadataRef(
         path=config.out,
@@ -46,42 +67,45 @@ def join_shards(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> Met
     )
 
 
-def _write_whole_json(out: Path, shards: Sequence[MergeShardRef]) -> str:
-    """Write `json.dumps(metadata, indent=2)` unless `out` holds those bytes. Returns their SHA-256."""
-    size = len("{\n") + len("\n}") + sum(shard.num_bytes for shard in shards) + len(",\n") * (len(shards) - 1)
-    if out.exists() and out.stat().st_size == size:
-        digest = hashlib.sha256()
-        for piece in _whole_json(shards):
-            digest.update(piece)
-        if sha256_file(out) == digest.hexdigest():
-            return digest.hexdigest()
-    remove_stale_partials(out.parent, name=escape(out.name))
+def _noted(shards: Iterable[MergeShardRef], done: list[MergeShardRef]) -> Iterator[MergeShardRef]:
+    for shard in shards:
+        done.append(shard)
+        yield shard
+
+
+def _sha256_if_same(out: Path, shards: Sequence[MergeShardRef]) -> str:
+    """SHA-256 of `out` if it is what the shards give, else ""."""
+    filled = [shard for shard in shards if shard.num_kept]
+    size = len("{\n") + len("\n}") + sum(shard.num_bytes for shard in filled) + len(",\n") * (len(filled) - 1)
+    if not filled or out.stat().st_size != size:
+        return ""
     digest = hashlib.sha256()
-
-    def hashed() -> Iterator[bytes]:
-        for piece in _whole_json(shards):
+    is_same = True
+    with open(out, "rb") as file:
+        for piece in _whole_json(filled):  # to its end: a damaged fragment is told in any case
+            is_same = is_same and file.read(len(piece)) == piece
             digest.update(piece)
-            yield piece
-
-    write_atomic(out, hashed())
-    return digest.hexdigest()
+    return digest.hexdigest() if is_same else ""
 
 
-def _whole_json(shards: Sequence[MergeShardRef]) -> Iterator[bytes]:
+def _whole_json(shards: Iterable[MergeShardRef]) -> Iterator[bytes]:
     """The bytes of the JSON, in pieces. Raises: ShardError: a fragment is not the one that was written."""
     yield b"{\n"
-    for number, shard in enumerate(shards):
-        if number:
-            yield b",\n"
-        digest = hashlib.sha256()
+    between = b""
+    for shard in shards:
+        if not shard.num_kept:
+            continue
+        yield between
+        between = b",\n"
+        crc32 = 0
         try:
             with open(shard.path, "rb") as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
+                while piece := file.read(BLOCK_BYTES):
+                    crc32 = zlib.crc32(piece, crc32)
                     yield piece
         except FileNotFoundError as error:
             raise damaged(shard, shard.path) from error
-        if digest.hexdigest() != shard.sha256:
+        if crc32 != shard.crc32:
             raise damaged(shard, shard.path)
     yield b"\n}"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ import orjson
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import atomic_writer, write_atomic
+from sdxl_core.processes import boot_id
 from sdxl_core.refs import MergeShardRef, ShardRef, to_json
 from sdxl_core.rejected import Rejected, read_rejected, update_rejected
 
 STAGE = "merge"
-FORMAT = 3
+FORMAT = 4
+BLOCK_BYTES = 1 << 18
 
 
 class Piece(NamedTuple):
@@ -60,31 +63,54 @@ def write_shard(
     except (FileNotFoundError, orjson.JSONDecodeError) as error:
         raise DataError(f"{shard.path}: the listing of shard {shard.index} is gone. Run the merge again.") from error
     counts = Counts()
-    digest, num_bytes, num_kept = hashlib.sha256(), 0, 0
-    with atomic_writer(fragment_path(shard)) as file:
-        for piece in pieces_of(config, stored, counts):
-            text = b",\n" * bool(num_kept) + piece.text
-            file.write(text)
-            digest.update(text)
-            num_bytes += len(text)
-            num_kept += piece.num_entries
+    written = write_fragment(fragment_path(shard), pieces_of(config, stored, counts))
+    return remember(shard, written, counts)
+
+
+class Written(NamedTuple):
+    """A fragment as it was written."""
+
+    crc32: int
+    num_bytes: int
+    num_entries: int
+
+
+def write_fragment(path: Path, pieces: Iterator[Piece]) -> Written:
+    """Write pieces as one fragment. It is not synced: see `finished_shard`. Raises: DiskFullError, DataError."""
+    crc32 = num_bytes = num_entries = 0
+    with atomic_writer(path, sync=False) as file:
+        for piece in pieces:
+            for text in (b",\n", piece.text) if num_entries else (piece.text,):
+                file.write(text)
+                crc32 = zlib.crc32(text, crc32)
+                num_bytes += len(text)
+            num_entries += piece.num_entries
+    return Written(crc32, num_bytes, num_entries)
+
+
+def remember(shard: ShardRef, written: Written, counts: Counts) -> MergeShardRef:
+    """Say that a shard's fragment is finished, unless a text file of it could not be read."""
     if counts.rejected:
         update_rejected(_rejected_path(shard), STAGE, counts.rejected)
     ref = MergeShardRef(
         index=shard.index,
         digest=shard.digest,
         path=fragment_path(shard),
-        sha256=digest.hexdigest(),
-        num_bytes=num_bytes,
+        crc32=written.crc32,
+        num_bytes=written.num_bytes,
         rejected=_rejected_path(shard),
-        num_seen=num_kept + len(counts.rejected),
-        num_kept=num_kept,
+        num_seen=written.num_entries + len(counts.rejected),
+        num_kept=written.num_entries,
         num_rejected=len(counts.rejected),
         num_empty=counts.num_empty,
     )
     if not counts.num_failed_reads:
-        write_atomic(_result_path(shard), orjson.dumps(to_json(ref)))
+        _write_result(shard, ref)
     return ref
+
+
+def _write_result(shard: ShardRef, ref: MergeShardRef) -> None:
+    write_atomic(_result_path(shard), orjson.dumps({"boot": boot_id(), "shard": to_json(ref)}), sync=False)
 
 
 def shard_is_merged(shard: ShardRef, config: MergeTagsConfig) -> bool:
@@ -93,26 +119,50 @@ def shard_is_merged(shard: ShardRef, config: MergeTagsConfig) -> bool:
 
 
 def finished_shard(shard: ShardRef) -> MergeShardRef | None:
-    """The finished shard as its result file tells it, None where a part of it is missing."""
+    """The finished shard as its result file tells it, None where a part of it is missing.
+
+    Fragments and results are not synced: a power cut may take or tear what was written before it. So of what another
+    boot of the system wrote the content is compared first, once; of what this one wrote, only the size.
+    """
     try:
-        stored = MergeShardRef(**orjson.loads(_result_path(shard).read_bytes()))
+        told = orjson.loads(_result_path(shard).read_bytes())
+        stored = MergeShardRef(**told["shard"])
         there = fragment_path(shard).stat().st_size
-    except (FileNotFoundError, orjson.JSONDecodeError):
+    except (FileNotFoundError, orjson.JSONDecodeError, KeyError, TypeError):
         return None
     if there != stored.num_bytes or (stored.num_rejected and not _rejected_path(shard).exists()):
         return None
-    return replace(stored, index=shard.index, path=fragment_path(shard), rejected=_rejected_path(shard))
+    ref = replace(stored, index=shard.index, path=fragment_path(shard), rejected=_rejected_path(shard))
+    if not boot_id() or told["boot"] != boot_id():
+        if _crc32_of(ref.path) != ref.crc32 or len(_stored_rows(ref)) != ref.num_rejected:
+            return None
+        _write_result(shard, ref)
+    return ref
+
+
+def _crc32_of(path: Path) -> int:
+    with open(path, "rb") as file:
+        return reduce(lambda crc32, block: zlib.crc32(block, crc32), iter(lambda: file.read(BLOCK_BYTES), b""), 0)
+
+
+def any_finished(config: MergeTagsConfig) -> bool:
+    """Whether there is a result of an earlier run, of whatever state of the source."""
+    return any(work_folder(config).glob("*.result.json"))
 
 
 def rejected_rows(shard: MergeShardRef) -> list[Rejected]:
     """The shard's rejections. Raises: ShardError: they are not what was written."""
-    try:
-        rows = read_rejected(shard.rejected) if shard.num_rejected else []
-    except DataError:
-        rows = []
+    rows = _stored_rows(shard)
     if len(rows) != shard.num_rejected:
         raise damaged(shard, shard.rejected)
     return rows
+
+
+def _stored_rows(shard: MergeShardRef) -> list[Rejected]:
+    try:
+        return read_rejected(shard.rejected) if shard.num_rejected else []
+    except DataError:
+        return []
 
 
 def damaged(shard: MergeShardRef, path: Path) -> ShardError:

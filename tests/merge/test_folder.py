@@ -154,7 +154,7 @@ def test_a_second_run_reads_no_text_and_writes_nothing(tmp_path: Path, monkeypat
     def no_reading(path: Path | str) -> str:
         raise AssertionError(f"read {path}")
 
-    monkeypatch.setattr("sdxl_core.merge.folder.read_text", no_reading)
+    monkeypatch.setattr("sdxl_core.merge.texts.read_text", no_reading)
     assert merge(folder, tmp_path / "out.json") == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
