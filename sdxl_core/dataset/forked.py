@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -31,7 +31,7 @@ def num_processes(num_wanted: int) -> int:
 
 def map_forked(
     work: Callable[[T], R], items: Sequence[T], *, count: int, run: int = 1, caller_works: bool = True
-) -> Iterator[R]:
+) -> Generator[R]:
     """`work` of every item, in order, by `count` processes of which this one is the first.
 
     Processes take turns, `run` consecutive items at a time. `caller_works`: False: all of them are children, where

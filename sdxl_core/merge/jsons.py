@@ -10,8 +10,9 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
@@ -44,7 +45,7 @@ _decoder = msgspec.json.Decoder(dict[str, _Entry])
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A source that was read once. `hashes`: int64 of its keys, as bytes.
+    """A source that was read once. `hashes`: int64 of its keys, as bytes, in ascending order.
 
     `laid_out`: as `json.dumps(indent=2)` writes it, each key once; then its bytes can be copied.
     """
@@ -52,6 +53,10 @@ class _Checked:
     path: Path
     hashes: bytes
     laid_out: bool
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.hashes) // 8
 
 
 def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) -> MetadataRef:
@@ -63,32 +68,66 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
     if config.out.is_dir():
         raise ConfigError(f"out = {config.out}: this is a folder; name the JSON file to write in it.")
     refuse_foreign(config.out)
-    checked: list[_Checked] = []
-    for source in forked.map_forked(_check, config.sources, count=forked.num_processes(len(config.sources))):
-        checked.append(source)
-        progress(STAGE, len(checked), len(config.sources))
-    hashes = np.sort(np.concatenate([np.frombuffer(source.hashes, np.int64) for source in checked]))
-    if not len(hashes):
-        raise DataError(f"{config.sources[0]}: there is no picture in it, nor in the others.")
-    doubled = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     remove_stale_partials(config.out.parent, name=escape(config.out.name))
-    joiner = _Joiner(doubled)
-    with atomic_writer(config.out) as out:
-        for piece in joiner.pieces(checked):
-            out.write(piece)
-            joiner.digest.update(piece)
+    count = forked.num_processes(len(config.sources))
+    checked: list[_Checked] = []
+
+    def checks() -> Iterator[_Checked]:
+        for source in results:
+            checked.append(source)
+            progress(STAGE, len(checked), len(config.sources))
+            yield source
+
+    results = forked.map_forked(_check, config.sources, count=count, caller_works=False)
+    with closing(results):
+        try:  # written while the next are checked, as long as no key comes again
+            joiner = _write(config.out, _unless_doubled(checks()), _Joiner(set()))
+        except _KeyComesAgain:
+            deque(checks(), maxlen=0)
+            joiner = _write(config.out, checked, _Joiner(_doubled(checked)))
+    num_seen = sum(source.num_entries for source in checked)
     rejected = config.out.parent / "rejected.jsonl"
     update_rejected(rejected, STAGE, joiner.rejected)
     return MetadataRef(
         path=config.out,
         sha256=joiner.digest.hexdigest(),
-        num_seen=len(hashes),
-        num_kept=len(hashes) - len(joiner.rejected),
+        num_seen=num_seen,
+        num_kept=num_seen - len(joiner.rejected),
         num_rejected=len(joiner.rejected),
         num_empty=0,
         rejected=rejected,
         parents=tuple(str(path) for path in config.sources),
     )
+
+
+def _write(out: Path, sources: Iterable[_Checked], joiner: _Joiner) -> _Joiner:
+    """Raises: DataError: there is no entry in any source."""
+    with atomic_writer(out) as file:
+        for piece in joiner.pieces(sources):
+            file.write(piece)
+            joiner.digest.update(piece)
+        if joiner.is_empty:
+            raise DataError(f"{joiner.first}: there is no picture in it, nor in the others.")
+    return joiner
+
+
+class _KeyComesAgain(Exception):
+    """A key whose hash was there before: entries can no longer be copied without looking at them."""
+
+
+def _unless_doubled(sources: Iterable[_Checked]) -> Iterator[_Checked]:
+    """The sources, as long as their keys are new. Raises: _KeyComesAgain."""
+    seen = np.zeros(0, np.int64)  # in order; 8 bytes an entry
+    for source in sources:
+        seen = np.sort(np.concatenate([seen, np.frombuffer(source.hashes, np.int64)]), kind="stable")
+        if (seen[1:] == seen[:-1]).any():
+            raise _KeyComesAgain
+        yield source
+
+
+def _doubled(sources: Sequence[_Checked]) -> set[int]:
+    hashes = np.sort(np.concatenate([np.frombuffer(source.hashes, np.int64) for source in sources]))
+    return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
 class _Joiner:
@@ -99,12 +138,16 @@ class _Joiner:
         self._seen: set[str] = set()
         self.digest = hashlib.sha256()
         self.rejected: list[Rejected] = []
+        self.first: Path | None = None
+        self.is_empty = True
 
-    def pieces(self, sources: Sequence[_Checked]) -> Iterator[bytes | memoryview]:
+    def pieces(self, sources: Iterable[_Checked]) -> Iterator[bytes | memoryview]:
         yield b"{\n"
         between = b""
         for source in sources:
+            self.first = self.first or source.path
             for piece in self._pieces_of(source):
+                self.is_empty = False
                 yield between
                 yield piece
                 between = b",\n"
@@ -145,18 +188,25 @@ class _Joiner:
 
 def _check(path: Path) -> _Checked:
     """Read every byte of a file: is it metadata, and which keys has it?"""
-    pieces: list[Any] = []
-    with _mapped(path) as data:
+    pieces: list[np.ndarray[Any, Any]] = []
+    with _mapped(path) as data, memoryview(data) as view:
         for start, end in _blocks(data):
-            block = data[start:end]
-            keys = _keys(path, block)
-            if len(keys) != block.count(b'\n  "') + 1:  # a key that occurs twice, or a layout that only looked like it
-                pieces.clear()
-                break
+            with view[start:end] as block:
+                keys = _keys(path, block)
+                if len(keys) != _num_starts(block) + 1:  # a key that occurs twice, or it only looked like that layout
+                    pieces.clear()
+                    break
             pieces.append(_hashes(keys))
-    if not pieces:
-        return _Checked(path, _hashes(list(_whole(path))).tobytes(), laid_out=False)
-    return _Checked(path, b"".join(piece.tobytes() for piece in pieces), laid_out=True)
+    hashes = np.concatenate(pieces) if pieces else _hashes(list(_whole(path)))
+    hashes.sort()
+    return _Checked(path, hashes.tobytes(), laid_out=bool(pieces))
+
+
+def _num_starts(block: memoryview) -> int:
+    """How often a line break, two spaces and a quote follow each other."""
+    data = np.frombuffer(block, np.uint8)
+    found = (data[:-3] == 10) & (data[1:-2] == 32) & (data[2:-1] == 32) & (data[3:] == 34)
+    return int(np.count_nonzero(found))
 
 
 def _hashes(keys: list[str]) -> np.ndarray[Any, Any]:
@@ -164,7 +214,7 @@ def _hashes(keys: list[str]) -> np.ndarray[Any, Any]:
     return np.fromiter(map(hash, keys), np.int64, len(keys))
 
 
-def _keys(path: Path, block: bytes) -> list[str]:
+def _keys(path: Path, block: bytes | memoryview) -> list[str]:
     try:
         return list(_decoder.decode(b"{%s}" % block))
     except msgspec.ValidationError as error:
