@@ -7,6 +7,7 @@ DIR on xfs or btrfs shows reflinks too.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -29,6 +30,34 @@ for picture in sorted(source.glob("*.webp")):
     shutil.copy2(picture, out / picture.name)
     shutil.copy2(picture.with_suffix(".txt"), out / (picture.stem + ".txt"))
 Path(sys.argv[-1]).write_text(str(time.perf_counter() - start))
+"""
+BARE = """
+import fcntl, os, sys, time
+from pathlib import Path
+start = time.perf_counter()
+source, out = sys.argv[1] + "/", sys.argv[2] + "/"
+os.mkdir(out)
+steps = dict.fromkeys(("open", "create", "clone", "utime", "close", "rename"), 0.0)
+for name in sorted(os.listdir(source)):
+    times = [time.perf_counter()]
+    reading = os.open(source + name, os.O_RDONLY)
+    status = os.fstat(reading)
+    times.append(time.perf_counter())
+    writing = os.open(out + ".partial", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    times.append(time.perf_counter())
+    fcntl.ioctl(writing, 0x40049409, reading)
+    times.append(time.perf_counter())
+    os.utime(writing, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    times.append(time.perf_counter())
+    os.close(writing)
+    os.close(reading)
+    times.append(time.perf_counter())
+    os.rename(out + ".partial", out + name)
+    times.append(time.perf_counter())
+    for number, step in enumerate(steps):
+        steps[step] += times[number + 1] - times[number]
+Path(sys.argv[-1]).write_text(str(time.perf_counter() - start))
+Path(sys.argv[-1] + ".steps").write_text(" ".join(f"{step} {1e6 * took:.0f}" for step, took in steps.items()))
 """
 OURS = """
 import sys, time
@@ -65,6 +94,9 @@ def compare(folder: Path, size: int, options: argparse.Namespace) -> None:
     make_pairs(folder / "in", size, options.picture_bytes)
     build_catalog(CatalogConfig(sources=(CatalogSource(path=folder / "in"),), out=folder / "catalog"))
     commands = {"shutil": [sys.executable, "-c", RIVAL, f"{folder}/in", f"{folder}/out", f"{folder}/seconds"]}
+    if "reflink" in options.ways:
+        bare = [sys.executable, "-c", BARE, f"{folder}/in", f"{folder}/out", f"{folder}/seconds"]
+        commands["bare reflink loop"] = bare
     for way in options.ways.split(","):
         commands[way] = [sys.executable, "-c", OURS, f"{folder}/catalog", f"{folder}/out", way, f"{folder}/seconds"]
     costs: dict[str, list[Cost]] = {way: [] for way in commands}
@@ -76,6 +108,7 @@ def compare(folder: Path, size: int, options: argparse.Namespace) -> None:
             if way != "manifest":
                 check(folder / "in", folder / "out", size)
             shutil.rmtree(folder / "out")
+            os.sync()  # nobody pays for the files of the one before
     for way, times in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds["shutil"], times, strict=True)]
         middle = statistics.median(times)
@@ -86,6 +119,10 @@ def compare(folder: Path, size: int, options: argparse.Namespace) -> None:
             f"| {statistics.median(cost.private_mib for cost in costs[way]):.0f} |",
             flush=True,
         )
+    if (folder / "seconds.steps").exists():
+        words = (folder / "seconds.steps").read_text().split()
+        costs_of = (f"{step} {float(took) / size:.0f}" for step, took in zip(words[::2], words[1::2], strict=True))
+        print(f"\nbare reflink loop, us a pair: {', '.join(costs_of)}\n", flush=True)
 
 
 def make_pairs(folder: Path, size: int, picture_bytes: int) -> None:

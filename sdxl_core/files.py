@@ -179,6 +179,11 @@ def sha256_file(path: Path) -> str:
 
 def digest_of(*parts: str | bytes | int) -> str:
     """SHA-256 (64 hex digits) over a sequence of values; lengths are hashed too, so parts cannot run together."""
+    return digest_of_all(parts)
+
+
+def digest_of_all(parts: Iterable[str | bytes | int]) -> str:
+    """As `digest_of`, of values that come one by one."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from sdxl_core.errors import ConfigError, DataError
-from sdxl_core.files import digest_of, disk_errors, remove_stale_partials, sha256_file, write_atomic
+from sdxl_core.files import digest_of_all, disk_errors, remove_stale_partials, sha256_file, write_atomic
 from sdxl_core.subset.methods import PlacingFailed, place, try_link
 from sdxl_core.subset.wanted import FileState, Wanted, WantedGroup
 
 LEDGER_FILE = ".subset.json"
+ITEMS_A_PIECE = 4_096
 UNREADABLE: FileState = (-1, -1)
 
 
@@ -36,7 +38,7 @@ class Placed:
     out: Path
     how: str
     settings: dict[str, str]
-    written: dict[str, list[FileState]] = field(default_factory=dict)
+    written: dict[str, tuple[FileState, ...]] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
     finished: bool = True
     planned: dict[str, FileState] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class Placed:
         if stored is None:
             return cls(out, how, settings)
         try:
-            written = {name: [(size, time) for size, time in states] for name, states in stored["files"].items()}
+            written = {name: tuple((size, time) for size, time in states) for name, states in stored["files"].items()}
             return cls(out, how, settings, written, dict(stored.get("marks", {})), bool(stored["finished"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _not_understood(out) from error
@@ -67,9 +69,12 @@ class Placed:
                 self._plan(wanted)
         stale = self._stale()
         remove_stale_partials(self.out, name="*", recursive=not self.finished)
-        files = {name: [*self.written.get(name, ()), state] for name, state in self.planned.items()}
-        if stale or any(states[-1] not in self.written.get(name, ()) for name, states in files.items()):
-            self._remember({name: self.written[name] for name in stale} | files, finished=False)
+        for name in self.written.keys() - self.planned.keys() - set(stale):
+            del self.written[name]  # gone already: whoever puts a file there now has it to himself
+        if stale or any(state not in self.written.get(name, ()) for name, state in self.planned.items()):
+            for name, state in self.planned.items():
+                self.written[name] = (*self.written.get(name, ()), state)
+            self._remember(self.written.items(), finished=False)
         with disk_errors(self.out):
             for name in stale:
                 (self.out / name).unlink(missing_ok=True)
@@ -89,13 +94,15 @@ class Placed:
 
     def finish(self) -> None:
         """Remember what is there; written only if that is news."""
-        there = {name: [state] for name, state in self.planned.items()}
-        if not self.finished or self._news or there != self.written:
-            self._remember(there, finished=True)
+        is_told = self.written.keys() == self.planned.keys() and all(
+            self.written[name] == (state,) for name, state in self.planned.items()
+        )
+        if not self.finished or self._news or not is_told:
+            self._remember(((name, (state,)) for name, state in self.planned.items()), finished=True)
 
     def digest(self) -> str:
         """Identity of the files: names, sizes and times."""
-        return digest_of(*(f"{name}|{size}|{time}" for name, (size, time) in self.planned.items()))
+        return digest_of_all(f"{name}|{size}|{time}" for name, (size, time) in self.planned.items())
 
     def _plan(self, wanted: Wanted) -> None:
         if wanted.offset >= 0 and self.how != "copy":
@@ -230,16 +237,22 @@ class Placed:
         self.marks.pop(name, None)
         del self.planned[name]
 
-    def _remember(self, files: dict[str, list[FileState]], *, finished: bool) -> None:
-        self.marks = {name: mark for name, mark in self.marks.items() if name in files}
-        content = {
-            "settings": {**self.settings, "how": self.how},
-            "finished": finished,
-            "files": files,
-            "marks": self.marks,
-        }
-        write_atomic(self.out / LEDGER_FILE, orjson.dumps(content))
-        self.written, self.finished = files, finished
+    def _remember(self, files: Iterable[tuple[str, tuple[FileState, ...]]], *, finished: bool) -> None:
+        """Write the ledger as it comes, so that it is not held a second time."""
+        names = self.written if not finished else self.planned
+        head = orjson.dumps({"settings": {**self.settings, "how": self.how}, "finished": finished})
+        marks = ((name, mark) for name, mark in self.marks.items() if name in names)
+        pieces = chain([head[:-1], b',"files":{'], _items(files), [b'},"marks":{'], _items(marks), [b"}}"])
+        write_atomic(self.out / LEDGER_FILE, pieces)
+        self.finished = finished
+
+
+def _items(items: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
+    """The inside of a JSON object, in pieces."""
+    rest, between = iter(items), b""
+    while some := dict(islice(rest, ITEMS_A_PIECE)):
+        yield between + orjson.dumps(some)[1:-1]
+        between = b","
 
 
 def check_out(out: Path, sources: Iterable[Path]) -> None:
