@@ -16,7 +16,7 @@ from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import atomic_writer, write_atomic
 from sdxl_core.processes import boot_id
 from sdxl_core.refs import MergeShardRef, ShardRef, to_json
-from sdxl_core.rejected import Rejected, read_rejected, update_rejected
+from sdxl_core.rejected import Rejected, read_rejected, write_rejected
 
 STAGE = "merge"
 FORMAT = 4
@@ -91,7 +91,7 @@ def write_fragment(path: Path, pieces: Iterator[Piece]) -> Written:
 def remember(shard: ShardRef, written: Written, counts: Counts) -> MergeShardRef:
     """Say that a shard's fragment is finished, unless a text file of it could not be read."""
     if counts.rejected:
-        update_rejected(_rejected_path(shard), STAGE, counts.rejected)
+        write_rejected(_rejected_path(shard), counts.rejected)
     ref = MergeShardRef(
         index=shard.index,
         digest=shard.digest,

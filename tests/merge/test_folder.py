@@ -19,7 +19,11 @@ from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import text as text_module
 from sdxl_core.dataset.metadata import read_metadata
 from sdxl_core.errors import ConfigError, DataError, ShardError
-from sdxl_core.merge.plan import merge_tags, plan_merge
+from sdxl_core.merge import folder as folder_module
+from sdxl_core.merge import texts as texts_module
+from sdxl_core.merge.join import join_shards
+from sdxl_core.merge.plan import merge_shard, merge_tags, plan_merge
+from sdxl_core.merge.shards import shard_is_merged
 from sdxl_core.refs import MetadataRef
 from sdxl_core.rejected import read_rejected
 
@@ -151,7 +155,7 @@ def test_a_second_run_reads_no_text_and_writes_nothing(tmp_path: Path, monkeypat
     first = merge(folder, tmp_path / "out.json")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
-    def no_reading(path: Path | str) -> str:
+    def no_reading(path: Path | str, states: object = None) -> str:
         raise AssertionError(f"read {path}")
 
     monkeypatch.setattr("sdxl_core.merge.texts.read_text", no_reading)
@@ -343,6 +347,10 @@ assert [square for square, _ in results] == [item * item for item in range(8)], 
 pids = [pid for _, pid in results]
 assert pids[1] != parent, "the first odd item was done by the child"
 assert all(pids[item] == parent for item in (0, 2, 3, 4, 5, 6, 7)), "what the killed child left was done here"
+assert all(pid != parent for _, pid in list(forked.map_forked(work, range(3), count=2, caller_works=False)))
+results = list(forked.map_forked(work, range(6), count=2, caller_works=False))
+assert [square for square, _ in results] == [item * item for item in range(6)], results
+assert [pid == parent for _, pid in results] == [False, False, False, True, False, True], results
 plan.MIN_IMAGES_A_PROCESS = 1
 assert forked.num_processes(2) == min(2, len(os.sched_getaffinity(0)))
 ref = plan.merge_tags(MergeTagsConfig(source=Path("in"), out=Path("forked.json"), num_shards=3))
@@ -369,3 +377,88 @@ def test_a_file_that_is_no_metadata_is_never_overwritten(tmp_path: Path, name: s
     with pytest.raises(ConfigError, match="not overwritten"):
         merge(folder, folder / name)
     assert (folder / name).read_bytes() == before
+
+
+ODD = {
+    "plain.png": "1girl, solo",
+    "empty.png": " \n",
+    "none.png": None,
+    "sub/folder.png": None,
+    "nul.png": "1girl\0",
+    "japanese.png": '日本, \U0001f600 \u2028 \x7f \x1f " \\ / é',
+    "zero.png": "tag",
+}
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("clean", [(), ("underscores",)])
+def test_a_first_run_leaves_what_planning_and_merging_one_by_one_leave(
+    tmp_path: Path, num_shards: int, clean: tuple[str, ...]
+) -> None:
+    folder = make(tmp_path / "in", ODD)
+    (folder / "none.caption").write_text("A caption.")
+    (folder / "nul.caption").write_bytes(b"\xff")
+    (folder / "plain.caption").mkdir()
+    options = {"num_shards": num_shards, "clean": clean}
+    at_once = merge(folder, tmp_path / "a" / "out.json", **options)
+    config = MergeTagsConfig(source=folder, out=tmp_path / "b" / "out.json", **options)
+    one_by_one = join_shards(config, [merge_shard(shard, config) for shard in plan_merge(config)])
+    assert (tmp_path / "a" / "out.json").read_bytes() == (tmp_path / "b" / "out.json").read_bytes()
+    assert (at_once.parents, at_once.sha256) == (one_by_one.parents, one_by_one.sha256)
+    assert read_rejected(at_once.rejected) == read_rejected(one_by_one.rejected)
+    merged = config.model_copy(update={"out": tmp_path / "a" / "out.json"})
+    assert all(shard_is_merged(shard, merged) for shard in plan_merge(merged))
+
+
+def test_every_character_is_written_as_json_writes_it(tmp_path: Path) -> None:
+    characters = [chr(code) for code in [*range(1, 0x250), 0x2028, 0x2029, 0xFFFD, 0xFFFF, 0x10000, 0x1F600, 0x10FFFF]]
+    folder = make(tmp_path / "in", {"a.png": "x" + "".join(characters).replace("\r", "") + "x", "b.png": "plain"})
+    for character in characters:
+        if character not in "/\r":
+            make(folder, {f"{character}.png": character * 2})
+    merge(folder, tmp_path / "out.json", recursive=False)
+    assert (tmp_path / "out.json").read_text() == as_sd_scripts(folder, full_path=False, recursive=False)
+
+
+def test_only_regular_files_are_opened_as_texts(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one", "pipe.png": None, "folder.png": None, "gone.png": None})
+    os.mkfifo(folder / "pipe.txt")  # opening it would wait for ever
+    (folder / "folder.txt").mkdir()
+    (folder / "gone.txt").symlink_to("nowhere")
+    ref = merge(folder, tmp_path / "out.json")
+    assert {row.key: row.reason for row in read_rejected(ref.rejected)} == dict.fromkeys(
+        ["pipe", "folder", "gone"], "no_caption"
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"key_style": "full_path"}])
+def test_files_that_are_asked_for_ahead_are_read_as_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
+    folder = make(tmp_path / "in", {f"{n:03}.png": f"tag {n}" if n % 7 else None for n in range(90)})
+    merge(folder, tmp_path / "warm.json", **options)
+    monkeypatch.setattr(texts_module, "COLD_S", 0.0)
+    monkeypatch.setattr(folder_module, "ENTRIES_A_WRITE", 4)
+    asked: list[str] = []
+    ask_for = texts_module._ask_for
+    monkeypatch.setattr(texts_module, "_ask_for", lambda paths: (asked.extend(filter(None, paths)), ask_for(paths)))
+    merge(folder, tmp_path / "cold.json", num_shards=2, **options)
+    assert (tmp_path / "cold.json").read_bytes() == (tmp_path / "warm.json").read_bytes()
+    assert len(asked) > 50
+
+
+@pytest.mark.parametrize("kind", ["fragment", "rejected.jsonl", "result.json"])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1] + b"!", lambda data: bytes(len(data))])
+def test_what_a_power_cut_tore_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, damage: Any
+) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one", "b.png": None})
+    first = merge(folder, tmp_path / "out.json", num_shards=1)
+    expected = (tmp_path / "out.json").read_bytes()
+    (path,) = (tmp_path / ".out.json.work").glob(f"*.{kind}")
+    path.write_bytes(damage(path.read_bytes()))
+    (tmp_path / "out.json").unlink()
+    monkeypatch.setattr("sdxl_core.merge.shards.boot_id", lambda: "the next boot")
+    assert merge(folder, tmp_path / "out.json", num_shards=1) == first
+    assert (tmp_path / "out.json").read_bytes() == expected
+    assert b"the next boot" in next((tmp_path / ".out.json.work").glob("*.result.json")).read_bytes()

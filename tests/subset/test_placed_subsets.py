@@ -25,6 +25,7 @@ from sdxl_core.config import SubsetHow
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.refs import SubsetRef
 from sdxl_core.rejected import Rejected, read_rejected
+from sdxl_core.subset.placed import Placed
 from sdxl_core.subset.run import subset_records
 
 FILES = {
@@ -365,3 +366,23 @@ def test_a_subset_killed_anywhere_is_finished_by_the_next(tmp_path: Path, how: S
             process.send_signal(signal.SIGKILL)
     ref = subset_records(catalog, np.arange(500), settings={"query": "q"}, how=how, out=tmp_path / "out")
     assert ref.num_kept == 500 and contents(tmp_path / "out") == files
+
+
+def test_a_name_that_was_given_up_belongs_to_whoever_takes_it(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = catalog.path.parent / "out"
+    pick(catalog, "copy", ("1", "3"))
+    for name in ("1.png", "1.txt", "1.caption"):
+        (out / name).unlink()
+
+    def stopped(self: Placed, group: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Placed, "place", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pick(catalog, "copy", ("3", "deep/2"))
+    write(out, {"1.png": b"mine"})
+    assert pick(catalog, "copy", ("3", "deep/2")).num_kept == 2
+    assert (out / "1.png").read_bytes() == b"mine"
