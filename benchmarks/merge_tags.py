@@ -47,6 +47,26 @@ def merge(folder, out):
         forked.num_processes = lambda num_wanted: 1
     merge_tags(MergeTagsConfig(source=Path(folder), out=Path(out)))
 """
+BARE = """
+import os
+
+def merge(folder, out):
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_file())
+    paths = [f"{folder}/{name}" for name in names if name.endswith(".txt")]
+    children = []
+    for start in range(len(os.sched_getaffinity(0))):
+        child = os.fork()
+        if not child:
+            for path in paths[start :: len(os.sched_getaffinity(0))]:
+                handle = os.open(path, os.O_RDONLY)
+                os.read(handle, os.fstat(handle).st_size + 1)
+                os.close(handle)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+"""
 TIMED = """
 import json, resource, sys, time
 def usage(field):
@@ -101,12 +121,16 @@ def compare(folder: Path, num_images: int, repeats: int) -> None:
         "ours": OURS.replace("{one_process}", "False"),
         "ours, one process": OURS.replace("{one_process}", "True"),
         "ours, second run": OURS.replace("{one_process}", "False"),
+        "listing and reading alone": BARE,  # no text is looked at, nothing is written: what no Python can undercut
     }
     for code in contenders.values():  # warm the page cache and the bytecode
         measure(code, folder / "in", folder / "warm" / "out.json")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, code in contenders.items():
+            if name == "listing and reading alone":
+                results[name].append(measure(code, folder / "in", folder / "out" / "none"))
+                continue
             if not name.endswith("second run"):
                 shutil.rmtree(folder / "out", ignore_errors=True)
             results[name].append(measure(code, folder / "in", folder / "out" / "out.json"))
