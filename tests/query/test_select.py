@@ -24,6 +24,7 @@ from sdxl_core.query.expressions import (
     Has,
     Not,
     Or,
+    Query,
     Range,
     Rating,
     Source,
@@ -34,7 +35,7 @@ from sdxl_core.query.expressions import (
 )  # fmt: skip
 from sdxl_core.query.grammar import parse
 from sdxl_core.query.index import build_index
-from sdxl_core.query.select import select_by_scan
+from sdxl_core.query.select import _mixed, narrowed, select_by_scan
 
 TAGS = ["1girl", "long hair", "long_hair", "astolfo_(fate)", "astolfo", ":(", "Éclair", "fox_ears", "cat_ears", "a*b"]
 CATEGORIES = st.sampled_from(["", "general", "character"])
@@ -229,6 +230,23 @@ def test_a_random_draw_depends_on_seed_and_keys_only(catalog: Catalog, tmp_path:
     assert set(drawn) <= set(select_by_scan(catalog, parse("t3 random:80 seed:5")).records), (
         "a larger draw has the smaller"
     )
+
+
+@given(
+    values=st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 7, 2**64 - 1]), min_size=1, max_size=300),
+    repeated=st.integers(1, 40),
+    share=st.floats(0, 0.999),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_draw_takes_the_lowest_of_all_however_keys_are_spread(
+    values: list[int], repeated: int, share: float, seed: int
+) -> None:
+    hashes = np.tile(np.asarray(values, np.uint64), repeated)
+    records = np.arange(len(hashes)) * 3 + 5
+    count = int(share * len(records))
+    found = narrowed(Query("", Everything(), random=count, seed=seed), records, lambda some: hashes[(some - 5) // 3])
+    order = np.argsort(_mixed(hashes, seed), kind="stable")[:count]
+    assert found.records.tolist() == sorted(records[order].tolist()) and found.num_matched == len(records)
 
 
 def test_many_terms_at_once_are_told_apart(catalog: Catalog) -> None:
