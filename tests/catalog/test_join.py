@@ -110,6 +110,7 @@ def test_records_follow_the_rule(
         assert counts.get(tag, 0) == sum(tag in (record["tags"] or ()) for record in expected)
 
 
+@settings(deadline=None)
 @given(
     keys=st.lists(st.sampled_from([f"k{number}" for number in range(6)]), min_size=1, max_size=40),
     num_hashes=st.integers(1, 6),
@@ -124,6 +125,7 @@ def test_keys_of_one_hash_are_still_told_apart(keys: list[str], num_hashes: int)
     assert sorted(groups) == sorted(expected.values())
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=20), max_size=30), st.integers(0, 5))
 def test_a_hash_depends_on_the_key_alone(keys: list[str], start: int) -> None:
     import pyarrow as pa

@@ -302,6 +302,7 @@ def test_rows_left_out_by_rating_are_said(tmp_path: Path) -> None:
     assert "2 of other ratings" in line
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 200_000), max_size=8))
 def test_pieces_cover_every_row_once_and_are_small(sizes: Sequence[int]) -> None:
     found = list(parquet.ranges(sizes))

@@ -1,7 +1,7 @@
 """The query language: what is read how, and where an error points."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_core.errors import ConfigError
@@ -112,6 +112,7 @@ def test_the_mark_stands_below_its_character_where_characters_are_two_columns_wi
     assert str(error.value).split("\n")[1:] == ["  初音ミク score:x", "  " + " " * 15 + "^"]
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from('ab()-~":*,.<>=or and 1') | st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_any_text_is_read_or_refused_in_words(text: str) -> None:
     try:

@@ -232,6 +232,7 @@ def test_a_random_draw_depends_on_seed_and_keys_only(catalog: Catalog, tmp_path:
     )
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.integers(0, 2**64 - 1) | st.sampled_from([0, 7, 2**64 - 1]), min_size=1, max_size=300),
     repeated=st.integers(1, 9),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdxl_core.dataset.text import first_line
@@ -16,6 +16,7 @@ tags = st.text(
 ).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(st.lists(tags, min_size=1, max_size=6), st.lists(st.none() | st.lists(st.integers(0, 5), max_size=5)))
 @example(["astolfo_(fate)", "^_^", "!", "don't", ":,(", "<|endoftext|>"], [[0, 1, 2, 3, 4, 5], [], None, [5]])
 def test_a_list_of_tags_has_as_many_tokens_as_its_text(names: list[str], rows: list[list[int] | None]) -> None:
@@ -28,6 +29,7 @@ def test_a_list_of_tags_has_as_many_tokens_as_its_text(names: list[str], rows: l
         ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.text(st.sampled_from("ab,.!' \n"), max_size=12)))
 def test_a_comma_behind_a_text_is_counted_as_the_tokenizer_does(texts: list[str | None]) -> None:
     alone, before_more = text_tokens(pa.array(texts, pa.string()))
@@ -38,6 +40,7 @@ def test_a_comma_behind_a_text_is_counted_as_the_tokenizer_does(texts: list[str 
     ]
 
 
+@settings(deadline=None)
 @given(tags, st.lists(st.sampled_from("xyz"), max_size=3), st.none() | tags)
 def test_caption_and_tags_are_measured_as_they_are_trained_on(caption: str, given_tags: list[str], raw: str) -> None:
     names = ["x", "y", "z"]
