@@ -95,7 +95,28 @@ def _curves(out: Path) -> str:
     rates = {name: points for name, points in scalars.items() if name.startswith("lr/")}
     charts = [line_chart(loss, x_label="step", y_label="loss")] if loss else []
     charts += [line_chart(rates, x_label="step", y_label="learning rate")] if rates else []
+    charts += _heldout(out)
     return f"<h2>Training</h2>{''.join(charts)}" if charts else ""
+
+
+def _heldout(out: Path) -> list[str]:
+    """The held-out loss over the steps, and over the timesteps at the first and the newest measurement."""
+    try:
+        record = orjson.loads((out / "heldout.json").read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return []
+    measured = record["measurements"]
+    middles = [(low + high) / 2 for low, high in record["bins"]]
+    by_timestep = {
+        f"after step {one['step']}": list(zip(middles, one["by_bin"], strict=True))
+        for one in (measured[0], measured[-1])
+    }
+    note = f"{record['num_samples']} pictures that are not trained on, with the same noise each time"
+    return [
+        line_chart({"held out": [(m["step"], m["loss"]) for m in measured]}, x_label="step", y_label="held-out loss"),
+        line_chart(by_timestep, x_label="timestep", y_label="held-out loss"),
+        f'<p class="note">{note}</p>',
+    ]
 
 
 def _previews(record: dict[str, Any]) -> str:

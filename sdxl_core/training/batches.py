@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 
@@ -61,6 +61,7 @@ class BatchMaker:
             dropout_rate=config.caption_dropout_rate,
             seed=config.seed,
         )
+        self._plain_rules = replace(self._rules, shuffle=False, dropout_rate=0.0)
 
     def global_batches(self, step: int) -> list[Indices]:
         """The global micro-batches of an optimizer step."""
@@ -101,21 +102,45 @@ class BatchMaker:
         part = self._part(batch, self.rank)
         samples = self._samples(part if len(part) else batch[:1])
         keys = tuple(sample.key for sample in samples)
-        views = [self._view(sample, epoch) for sample in samples]
+        views = [self._view(sample, epoch, flip_aug=self.config.flip_aug) for sample in samples]
         latents = torch.stack([view.latents for view in views])
         texts = [caption_text(s.sentence, s.tags, self._rules, epoch=epoch, key=s.key) for s in samples]
+        draw = self._objective.draw(keys, latents * self._scaling_factor, epoch=epoch, seed=self.config.seed)
+        return self._batch(samples, views, texts, draw, num_counted=len(part))
+
+    def fixed(self, numbers: Indices, timesteps: tuple[int, int]) -> MicroBatch:
+        """Samples as they are, whole captions, with noise and timesteps in [low, high) that are always the same."""
+        samples = self._samples(numbers)
+        views = [self._view(sample, 0, flip_aug=False) for sample in samples]
+        texts = [caption_text(s.sentence, s.tags, self._plain_rules, epoch=0, key=s.key) for s in samples]
+        draws = [
+            self._objective.fixed_draw(s.key, view.latents.shape, timesteps=timesteps, seed=self.config.seed)
+            for s, view in zip(samples, views, strict=True)
+        ]
+        draw = NoiseDraw(
+            noise=torch.stack([draw.noise for draw in draws]), timesteps=torch.stack([d.timesteps for d in draws])
+        )
+        return self._batch(samples, views, texts, draw, num_counted=len(samples))
+
+    def _batch(
+        self, samples: list[Sample], views: list[LatentView], texts: list[str], draw: NoiseDraw, *, num_counted: int
+    ) -> MicroBatch:
         tokens = tokenize(texts, max_token_length=self.config.max_token_length)
         ids = time_ids(
             original_size=torch.tensor([[v.original_height_px, v.original_width_px] for v in views]),
             crop_top_left=torch.tensor([[v.crop_top_px, v.crop_left_px] for v in views]),
             target_size=torch.tensor([[s.height_px, s.width_px] for s in samples]),
         )
-        draw = self._objective.draw(keys, latents * self._scaling_factor, epoch=epoch, seed=self.config.seed)
         return MicroBatch(
-            keys=keys, latents=latents, draw=draw, clip_l=tokens.clip_l, clip_g=tokens.clip_g, time_ids=ids,
+            keys=tuple(sample.key for sample in samples),
+            latents=torch.stack([view.latents for view in views]),
+            draw=draw,
+            clip_l=tokens.clip_l,
+            clip_g=tokens.clip_g,
+            time_ids=ids,
             mask=_opaque(views, samples) if self.config.masked_loss else None,
-            num_counted=len(part),
-        )  # fmt: skip
+            num_counted=num_counted,
+        )
 
     def _part(self, batch: Indices, rank: int) -> Indices:
         return samples_of_rank(batch, rank=rank, num_processes=self.config.num_processes)
@@ -123,10 +148,10 @@ class BatchMaker:
     def _samples(self, numbers: Indices) -> list[Sample]:
         return self.training_set.take(numbers)
 
-    def _view(self, sample: Sample, epoch: int) -> LatentView:
+    def _view(self, sample: Sample, epoch: int, *, flip_aug: bool) -> LatentView:
         record = self._store.read(sample.key)
         check_record(self.config, sample, record)
-        return view_of(record, key=sample.key, epoch=epoch, seed=self.config.seed, flip_aug=self.config.flip_aug)
+        return view_of(record, key=sample.key, epoch=epoch, seed=self.config.seed, flip_aug=flip_aug)
 
 
 def _opaque(views: list[LatentView], samples: list[Sample]) -> Tensor | None:

@@ -20,12 +20,13 @@ from sdxl_core.refs import CheckpointRef
 from sdxl_core.training.batches import BatchMaker
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.guard import Guard
+from sdxl_core.training.heldout import HeldOut
 from sdxl_core.training.loss_average import LossAverage
 from sdxl_core.training.optimizer import SlotOptimizer
 from sdxl_core.training.order import EpochPlan
 from sdxl_core.training.parallel import replicate, shard
 from sdxl_core.training.parts import load_trained_models, model_path, save_checkpoint
-from sdxl_core.training.previews import preview_path, preview_steps, write_previews
+from sdxl_core.training.previews import preview_paths, preview_steps, write_previews
 from sdxl_core.training.processes import StopSignal
 from sdxl_core.training.result import run_settings, write_result
 from sdxl_core.training.run_state import RunState
@@ -117,6 +118,8 @@ class Run:
             scaling_factor=float(component_config(self.models.preset, "vae")["scaling_factor"]),
         )  # fmt: skip
         self.time = self.stepper.time
+        self.heldout = HeldOut(config, training_set, self.batches, total=self.total)
+        self.preview_at = preview_steps(config, self.total, steps_per_epoch=plan.num_steps)
 
     def _divided(self) -> torch.nn.Module:
         if self.config.torch_compile:
@@ -164,6 +167,8 @@ class Run:
         self._on_main(lambda: remove_partials(self.state))
         self.watch.start(self.start)
         step, stopped = self.start, False
+        if step == 0:
+            self._look(0)
         while step < self.total and not stopped:
             step, stopped = self._run_from(step, stop)
         self.saver.wait()
@@ -175,7 +180,6 @@ class Run:
 
         Returns after how many steps it is, and whether it was asked to stop.
         """
-        preview_at = set(preview_steps(self.config, self.total)) - {self.total}
         feed = self.batches.steps(start, self.total)
         for step in range(start, self.total):
             self._keep_safe(step)
@@ -191,8 +195,7 @@ class Run:
             else:
                 self._account(step, result, began_s=began_s)
             done = step + 1
-            if done in preview_at:
-                self._previews(done)
+            self._look(done)
             asked = result.gathered if result else Gathered(losses={}, stop=False, save=False)
             if asked.stop or asked.save or done == self.total or self.save_times.state_is_due(done):
                 self._save(done)
@@ -256,6 +259,21 @@ class Run:
             work()
         self.accelerator.wait_for_everyone()
 
+    def _look(self, step: int) -> None:
+        """Previews and the held-out loss, where they are due after `step` optimizer steps."""
+        if step in self.preview_at and step < self.total:
+            self._previews(step)
+        if self.heldout.is_due(step):
+            found = self.heldout.measure(
+                self.stepper.losses,
+                step=step,
+                rank=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                gather=self.accelerator.gather,
+            )
+            self.accelerator.log(self.heldout.scalars(found), step=step)
+            self._on_main(lambda: self.heldout.keep(found))
+
     def _previews(self, step: int) -> None:
         """Of divided weights every process makes them, because every process is needed; one writes them."""
         if self.writes:
@@ -264,15 +282,14 @@ class Run:
 
     def finish(self) -> None:
         """Previews, the single-file checkpoint, and last the record that says all is done."""
-        if preview_steps(self.config, self.total):
+        if self.preview_at:
             self._previews(self.total)
         self._on_main(self._finish)
 
     def _finish(self) -> None:
         config = self.config
         generation = read_generation(self.state / f"step-{self.total:08d}", verify=False)
-        steps = preview_steps(config, self.total)
-        paths = [preview_path(config, step, i) for step in steps for i in range(len(config.sample_prompts))]
+        paths = [path for step in self.preview_at for path in preview_paths(config, step)]
         write_result(
             config,
             self.settings,

@@ -12,6 +12,7 @@ from sdxl_core.dataset.tokens import count_tokens
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import disk_errors
 from sdxl_core.latents import LatentRecord, LatentStore
+from sdxl_core.training.prompts import prompts_of
 from sdxl_core.training.training_set import Sample, TrainingSet
 
 NUM_LOOKED_AT = 16
@@ -33,15 +34,16 @@ def check_training(config: TrainConfig, training_set: TrainingSet) -> None:
 
 
 def check_prompts(config: TrainConfig) -> None:
-    """Raises: ConfigError: a preview prompt has more tokens than the text encoders are given."""
-    for number, prompt in enumerate(config.sample_prompts, 1):
-        count = count_tokens(prompt)
-        if count > config.max_token_length:
-            raise ConfigError(
-                f"sample_prompts: prompt {number} ({prompt[:40]!r}…) has {count} tokens, and max_token_length = "
-                f"{config.max_token_length} of them are seen: its end would silently be left out. Shorten it, or raise "
-                f"max_token_length (75, 150 or 225)."
-            )
+    """Raises: ConfigError: a preview prompt that is wrong, or has more tokens than the text encoders are given."""
+    for number, prompt in enumerate(prompts_of(config), 1):
+        for what, text in (("prompt", prompt.text), ("the negative of prompt", prompt.negative)):
+            count = count_tokens(text)
+            if count > config.max_token_length:
+                raise ConfigError(
+                    f"sample_prompts: {what} {number} ({text[:40]!r}…) has {count} tokens, and max_token_length = "
+                    f"{config.max_token_length} of them are seen: its end would silently be left out. Shorten it, or "
+                    f"raise max_token_length (75, 150 or 225)."
+                )
 
 
 def check_writable(config: TrainConfig) -> None:

@@ -14,20 +14,28 @@ from sdxl_core.files import atomic_writer
 from sdxl_core.models import TokenIds, encode_prompts, load_models, time_ids, tokenize
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.objectives.sampling import sampling_scheduler
+from sdxl_core.training.prompts import Prompt, prompts_of
 from sdxl_core.training.randomness import torch_generator
 
 
-def preview_steps(config: TrainConfig, num_steps: int) -> list[int]:
-    """After which optimizer steps previews are made: every `sample_every_steps`, and at the end."""
-    if not config.sample_prompts:
+def preview_steps(config: TrainConfig, num_steps: int, *, steps_per_epoch: int) -> list[int]:
+    """After which optimizer steps previews are made: every so many steps and epochs, at the end, and perhaps before the
+
+    first (0).
+    """
+    if not prompts_of(config):
         return []
-    every = config.sample_every_steps
-    return sorted({*range(every, num_steps + 1, every), num_steps} if every else {num_steps})
+    periods = [config.sample_every_steps, config.sample_every_epochs * steps_per_epoch]
+    found = {step for every in periods if every for step in range(every, num_steps + 1, every)}
+    return sorted(found | {num_steps} | ({0} if config.sample_at_first else set()))
 
 
-def preview_path(config: TrainConfig, step: int, number: int) -> Path:
-    """`samples/<output_name>_<step>_<number>_<seed>.png`."""
-    return config.out / "samples" / f"{config.output_name}_{step:06d}_{number:02d}_{config.seed}.png"
+def preview_paths(config: TrainConfig, step: int) -> list[Path]:
+    """`samples/<output_name>_<step>_<number>_<seed>.png` of each prompt."""
+    return [
+        config.out / "samples" / f"{config.output_name}_{step:06d}_{number:02d}_{prompt.seed}.png"
+        for number, prompt in enumerate(prompts_of(config))
+    ]
 
 
 @torch.no_grad()
@@ -36,31 +44,29 @@ def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int, keep: 
     device = next(denoiser.parameters()).device
     vae: Any = load_models(config.base_model, parts=("vae",), dtype=torch.float32).vae
     vae.to(device)
-    paths = []
-    for number, prompt in enumerate(config.sample_prompts):
+    paths = preview_paths(config, step)
+    for number, (prompt, path) in enumerate(zip(prompts_of(config), paths, strict=True)):
         latents = _denoise(
             denoiser, config, prompt, number=number, factor=2 ** (len(vae.config.block_out_channels) - 1)
         )
         pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
-        path = preview_path(config, step, number)
         if keep:
             _save(pixels, path)
-        paths.append(path)
     return paths
 
 
-def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: str, *, number: int, factor: int) -> Tensor:
-    """Latents of one picture, scaled, float32 [1, 4, h, w]. Guidance: uncond + scale * (cond - uncond)."""
+def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: Prompt, *, number: int, factor: int) -> Tensor:
+    """Latents of one picture, scaled, float32 [1, 4, h, w]. Guidance: negative + scale * (prompt - negative)."""
     device, dtype = next(denoiser.parameters()).device, denoiser.unet.dtype
-    tokens = tokenize(["", prompt], max_token_length=config.max_token_length)
+    tokens = tokenize([prompt.negative, prompt.text], max_token_length=config.max_token_length)
     tokens = TokenIds(clip_l=tokens.clip_l.to(device), clip_g=tokens.clip_g.to(device))
     prompt_embeds, pooled = encode_prompts(denoiser.text_encoder, denoiser.text_encoder_2, tokens)
-    side_px = config.sample_size_px
-    size = torch.tensor([[side_px, side_px]] * 2, device=device)  # of the empty prompt and of this one
+    size = torch.tensor([[prompt.height_px, prompt.width_px]] * 2, device=device)  # of the negative and of this one
     ids = time_ids(original_size=size, crop_top_left=torch.zeros_like(size), target_size=size)
-    generator = torch_generator("preview", config.seed, number)
-    latents = torch.randn((1, 4, side_px // factor, side_px // factor), generator=generator).to(device)
-    scheduler = sampling_scheduler(config, config.sample_inference_steps)
+    generator = torch_generator("preview", prompt.seed, number)
+    shape = (1, 4, prompt.height_px // factor, prompt.width_px // factor)
+    latents = torch.randn(shape, generator=generator).to(device)
+    scheduler = sampling_scheduler(config, prompt.num_steps)
     for timestep in scheduler.timesteps:
         both = latents.expand(2, -1, -1, -1).to(dtype)
         conditions = {"text_embeds": pooled.to(dtype), "time_ids": ids}
@@ -68,7 +74,7 @@ def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: str, *, number: in
             both, timestep, encoder_hidden_states=prompt_embeds.to(dtype), added_cond_kwargs=conditions
         ).sample.float()
         unconditional, conditional = noise.chunk(2)
-        guided = unconditional + config.sample_guidance_scale * (conditional - unconditional)
+        guided = unconditional + prompt.guidance_scale * (conditional - unconditional)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     return latents
 

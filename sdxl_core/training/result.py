@@ -16,7 +16,9 @@ from sdxl_core.training.training_set import TrainingSet
 # How long, how fast, how watched, where, under which name: not what the weights become. Everything else is.
 NOT_SHAPING = {
     "max_train_steps", "max_train_epochs", "output_name", "save_every_steps", "save_precision", "log_prefix",
-    "sample_prompts", "sample_every_steps", "sample_inference_steps", "sample_guidance_scale", "sample_size_px",
+    "sample_prompts", "sample_prompts_file", "sample_every_steps", "sample_every_epochs", "sample_at_first",
+    "heldout_every_steps", "heldout_bins",
+    "sample_inference_steps", "sample_guidance_scale", "sample_size_px",
     "num_processes", "use_cpu", "gradient_checkpointing", "metadata", "latents", "out", "base_model",
     "train_batch_size", "parallel", "torch_compile", "save_every_epochs", "save_every_minutes",
     "keep_states", "save_model_every_steps", "save_model_every_epochs", "keep_models", "snapshot_every_steps",

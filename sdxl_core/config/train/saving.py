@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -37,13 +38,22 @@ class SavingOptions(Section):
     snapshot_every_steps: int = Field(
         100, ge=1, description="with fused_backward: a copy in main memory to go back to, at most this many steps old"
     )
-    save_precision: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the .safetensors")
+    save_precision: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the trained model")
 
 
 class PreviewOptions(Section):
     log_prefix: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="in front of the TensorBoard run's name")
-    sample_prompts: list[str] = Field([], description="prompts of the preview pictures")
+    sample_prompts: list[str] = Field(
+        [],
+        description="prompts of the preview pictures; options may follow: --n negative --w width --h height --d seed "
+        "--l guidance --s steps",
+    )
+    sample_prompts_file: Path | None = Field(
+        None, description="a text file with one more prompt a line; # is a comment"
+    )
     sample_every_steps: int = Field(0, ge=0, description="previews every this many steps; 0: only at the end")
+    sample_every_epochs: int = Field(0, ge=0, description="previews every this many epochs; 0: do not")
+    sample_at_first: bool = Field(False, description="previews before the first step, too")
     sample_inference_steps: int = Field(20, ge=1, le=1000, description="denoising steps of a preview (DDIM)")
     sample_guidance_scale: float = Field(7.5, ge=1, description="classifier-free guidance of a preview")
     sample_size_px: int = Field(1024, ge=64, le=4096, multiple_of=8, description="side of the square previews")

@@ -57,6 +57,17 @@ def draw_noise(
     )
 
 
+def fixed_draw(
+    key: str, shape: Sequence[int], *, timesteps: tuple[int, int], seed: int, is_flow: bool = False
+) -> NoiseDraw:
+    """Plain noise [4, h, w] and a timestep in [low, high), [], of one sample: the same whenever it is asked for."""
+    low, high = timesteps
+    share = uniform("held out timestep", seed, key, low, high)
+    timestep = max(low + share * (high - low), 0.01) if is_flow else int(low + share * (high - low))
+    noise = torch.randn(tuple(shape), generator=torch_generator("held out noise", seed, key, low, high))
+    return NoiseDraw(noise=noise, timesteps=torch.tensor(timestep))
+
+
 def _draw(
     key: str, latents: Tensor, *, epoch: int, seed: int, options: ObjectiveOptions
 ) -> tuple[Tensor, Tensor, Tensor]:

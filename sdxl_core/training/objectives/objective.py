@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdxl_core.config.train.objective import ObjectiveOptions
 from sdxl_core.training.objectives.losses import elementwise_loss, huber_thresholds, mean_over_mask, snr_weights
-from sdxl_core.training.objectives.noise import NoiseDraw, draw_noise
+from sdxl_core.training.objectives.noise import NoiseDraw, draw_noise, fixed_draw
 from sdxl_core.training.objectives.schedule import NUM_TIMESTEPS, alphas_cumprod, snr_of
 
 
@@ -28,6 +28,10 @@ class Objective:
     def draw(self, keys: Sequence[str], latents: Tensor, *, epoch: int, seed: int) -> NoiseDraw:
         """Noise and timesteps of the samples `keys` in `epoch`. latents: scaled, [B, 4, h, w], on the CPU."""
         return draw_noise(keys, latents, epoch=epoch, seed=seed, options=self.options)
+
+    def fixed_draw(self, key: str, shape: Sequence[int], *, timesteps: tuple[int, int], seed: int) -> NoiseDraw:
+        """Noise [4, h, w] and timestep [] of one sample, the same in every epoch; the timestep is in [low, high)."""
+        return fixed_draw(key, shape, timesteps=timesteps, seed=seed, is_flow=self.is_flow)
 
     def noisy(self, latents: Tensor, draw: NoiseDraw) -> Tensor:
         """What the U-Net sees: signal * latents + noise, with input perturbation, float32 [B, 4, h, w]."""
