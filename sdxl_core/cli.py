@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from sdxl_core import __version__
 from sdxl_core.catalog.config import CatalogConfig
+from sdxl_core.cli_models import add_translations
 from sdxl_core.cli_options import add_options, collect_options, dashes
 from sdxl_core.config import (
     CacheLatentsConfig,
@@ -121,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "the whole path on your data, as a Prefect flow", _run)
     run.add_argument("job", type=Path, metavar="JOB.toml")
     _add_set(run)
+    _add_preset(run)
 
     for name, stage in STAGES.items():
         if name == "train":
@@ -146,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
             "path", type=Path, metavar="DIR", help="out folder of cache-latents, or its latents folder"
         )
         add_options(command, stage.config, leave_out=("path",))
+    add_translations(commands, _command)
     _add_lineage(commands)
     _add_service(commands)
     _command(
@@ -210,6 +213,12 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_preset(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--preset", metavar="NAME", help="parameters to begin with, under those of the file; see `sdxl-flows presets`"
+    )
+
+
 def _add_flow(command: argparse.ArgumentParser) -> None:
     command.add_argument("--flow", action="store_true", help="run as its Prefect flow (same files, same ledger)")
 
@@ -235,6 +244,7 @@ def _add_train(commands: Any, stage: Stage) -> None:
     command.add_argument("job", type=Path, nargs="?", metavar="JOB.toml", help="a job file: trains what the job cached")
     command.add_argument("--config", type=Path, metavar="TRAIN.toml", help="training parameters only")
     _add_set(command)
+    _add_preset(command)
     for word in ATTENTION_WORDS:
         command.add_argument(f"--{word}", action="store_true", help="accepted: attention is PyTorch's SDPA in any case")
 
@@ -254,7 +264,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _read_job(options: argparse.Namespace) -> JobConfig:
-    return check(JobConfig, apply_overrides(read_toml(options.job), options.overrides), where=str(options.job))
+    from sdxl_core.presets import under_job
+
+    values = under_job(options.preset, read_toml(options.job))
+    return check(JobConfig, apply_overrides(values, options.overrides), where=str(options.job))
 
 
 def _run_job(job: JobConfig, options: argparse.Namespace) -> None:
@@ -298,7 +311,9 @@ def _train(options: argparse.Namespace) -> None:
     if options.config is None:
         config = _read_job(options).train_config()
     else:
-        values = apply_overrides(read_toml(options.config), options.overrides)
+        from sdxl_core.presets import under_training
+
+        values = apply_overrides(under_training(options.preset, read_toml(options.config)), options.overrides)
         config = check(TrainConfig, values, where=str(options.config))
     _run_stage(config, options)
 

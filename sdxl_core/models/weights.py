@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdxl_core.errors import CheckpointError, ConfigError
-from sdxl_core.files import digest_of
+from sdxl_core.files import digest_of, sha256_file
+from sdxl_core.models.presets import MODEL_COMPONENTS
 
 MAX_HEADER_BYTES = 100_000_000
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -107,6 +108,15 @@ def header_digest(path: Path) -> str:
     WeightFile(path)
     status = path.stat()
     return digest_of(hashlib.sha256(_header(path)).digest(), status.st_size, status.st_mtime_ns)
+
+
+def folder_digest(folder: Path) -> str:
+    """The digest that `save_diffusers_folder` returns, from the files that are there; "" where one is missing."""
+    try:
+        files = [file for part in MODEL_COMPONENTS for file in component_files(folder / part)]
+    except CheckpointError:
+        return ""
+    return digest_of(*(sha256_file(file) for file in files))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -14,7 +14,14 @@ from torch import nn
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.lineage import lineage_metadata
-from sdxl_core.models import Prediction, SdxlModels, load_models, modelspec_metadata, save_single_file
+from sdxl_core.models import (
+    Prediction,
+    SdxlModels,
+    load_models,
+    modelspec_metadata,
+    save_diffusers_folder,
+    save_single_file,
+)
 from sdxl_core.models.presets import Preset
 from sdxl_core.refs import FileRef
 from sdxl_core.training.denoiser import Denoiser
@@ -133,9 +140,10 @@ def save_checkpoint(
     config: TrainConfig | None = None,
     weights: Literal["weights", "ema"] = "weights",
 ) -> FileRef:
-    """Write a saved state as a single file: trained parts as trained, all others exactly as in the base model.
+    """Write a saved state as a model: trained parts as trained, all others exactly as in the base model.
 
-    Args:   config: of the run, left out: as the state has it.   weights: "ema": the averaged ones.
+    Args:   path: of the single file; a diffusers folder (`save_model_as`) has its name without .safetensors.
+            config: of the run, left out: as the state has it.   weights: "ema": the averaged ones.
     Raises: CheckpointError: the state has no such weights.   DiskFullError, DataError.
     """
     config = config or TrainConfig.model_validate(generation.scalars["config"])
@@ -159,9 +167,13 @@ def save_checkpoint(
         "sdxl_flows.dataset_digest": generation.scalars["dataset_digest"],
         "sdxl_flows.steps": str(generation.step),
         **lineage_metadata(config),
+        **{f"modelspec.{name}": text for name, text in config.modelspec.items()},
     }
     if weights == "ema":
         metadata["sdxl_flows.weights"] = "ema"
     prediction = Prediction(config.prediction_type, config.zero_terminal_snr)
     whole_model = SdxlModels(**parts, preset=base.preset, logit_scale=base.logit_scale, prediction=prediction)
+    if config.save_model_as == "diffusers":
+        folder = path.with_name(path.name.removesuffix(".safetensors"))
+        return save_diffusers_folder(folder, whole_model, precision=config.save_precision, metadata=metadata)
     return save_single_file(path, whole_model, precision=config.save_precision, metadata=metadata)

@@ -10,14 +10,14 @@ from pydantic import TypeAdapter
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.files import sha256_file, write_atomic
-from sdxl_core.refs import CheckpointRef, to_json
+from sdxl_core.refs import CheckpointRef, FileRef, to_json
 from sdxl_core.training.training_set import TrainingSet
 
 # How long, how fast, how watched, where, under which name: not what the weights become. Everything else is.
 NOT_SHAPING = {
     "max_train_steps", "max_train_epochs", "output_name", "save_every_steps", "save_precision", "log_prefix",
     "sample_prompts", "sample_prompts_file", "sample_every_steps", "sample_every_epochs", "sample_at_first",
-    "heldout_every_steps", "heldout_bins",
+    "heldout_every_steps", "heldout_bins", "save_model_as", "modelspec",
     "sample_inference_steps", "sample_guidance_scale", "sample_size_px",
     "num_processes", "use_cpu", "gradient_checkpointing", "metadata", "latents", "out", "base_model",
     "train_batch_size", "parallel", "torch_compile", "save_every_epochs", "save_every_minutes",
@@ -59,9 +59,16 @@ def finished_result(config: TrainConfig, training_set: TrainingSet) -> Checkpoin
     ref = read_result(config)
     if ref is None or orjson.loads(_path(config).read_bytes())["settings"] != run_settings(config, training_set):
         return None
-    path = ref.file.path
-    unaltered = path.exists() and path.stat().st_size == ref.file.num_bytes and sha256_file(path) == ref.file.sha256
-    return ref if unaltered and all(sample.exists() for sample in ref.samples) else None
+    return ref if _is_unaltered(ref.file) and all(sample.exists() for sample in ref.samples) else None
+
+
+def _is_unaltered(ref: FileRef) -> bool:
+    """Whether a model is what was written: a file by its digest, a diffusers folder by that of its weights."""
+    if ref.path.is_dir():
+        from sdxl_core.models.weights import folder_digest  # imports torch
+
+        return folder_digest(ref.path) == ref.sha256
+    return ref.path.exists() and ref.path.stat().st_size == ref.num_bytes and sha256_file(ref.path) == ref.sha256
 
 
 def _path(config: TrainConfig) -> Path:

@@ -98,7 +98,11 @@ def check_disk(folder: Path, *, state_bytes: int, model_bytes: int, keep: int) -
 def remove_old_models(folder: Path, config: TrainConfig) -> None:
     """Keep the newest `keep_models` of the model files that were written on the way."""
     if config.keep_models:
-        pattern = re.compile(rf"{re.escape(config.output_name)}-(step\d{{8}}|\d{{6}})\.safetensors")
-        found = [path for path in folder.glob("*.safetensors") if pattern.fullmatch(path.name)]
+        suffix = "" if config.save_model_as == "diffusers" else r"\.safetensors"
+        pattern = re.compile(rf"{re.escape(config.output_name)}-(step\d{{8}}|\d{{6}}){suffix}")
+        found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
         for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)[: -config.keep_models]:
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

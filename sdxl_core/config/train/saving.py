@@ -39,6 +39,14 @@ class SavingOptions(Section):
         100, ge=1, description="with fused_backward: a copy in main memory to go back to, at most this many steps old"
     )
     save_precision: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="precision of the trained model")
+    save_model_as: Literal["safetensors", "diffusers"] = Field(
+        "safetensors", description="one file as user interfaces read it, or a diffusers folder"
+    )
+    modelspec: dict[str, str] = Field(
+        {},
+        description="what the model's metadata says besides: {author = 'me', license = 'CreativeML Open RAIL++-M'}; "
+        "title, description, tags, trigger_phrase, usage_hint, merged_from likewise",
+    )
 
 
 class PreviewOptions(Section):
