@@ -9,6 +9,7 @@ from sdxl_core.config import JobConfig
 from sdxl_core.devices import resolve_devices
 from sdxl_core.errors import ConfigError
 from sdxl_core.query.grammar import parse
+from sdxl_core.training.preflight import check_prompts
 
 
 def check_job(job: JobConfig) -> None:
@@ -33,8 +34,10 @@ def check_job(job: JobConfig) -> None:
                 f"{key} = {value}: there is no such file or folder. Name a .safetensors file, a diffusers folder, "
                 f"or tiny."
             )
+    check_prompts(job.train_config())
     if job.train.base_model != "tiny":
-        from sdxl_core.models import check_base_model  # imports torch
+        from sdxl_core.models import base_prediction, check_base_model, check_prediction  # imports torch
 
         check_base_model(job.train.base_model)
+        check_prediction(job.train.base_model, base_prediction(job.train.base_model), job.train)
     resolve_devices(job.latents.devices)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sdxl_core.config import JobConfig
-from sdxl_core.errors import ConfigError
+from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.preflight import check_job
 
 
@@ -30,11 +30,17 @@ def test_a_job_that_can_be_right_passes_and_makes_nothing(tmp_path: Path) -> Non
         ({"latents": {"vae": "no.safetensors"}}, r"latents\.vae = no\.safetensors: there is no such file"),
         ({"train": {"base_model": "no.safetensors"}}, r"train\.base_model = no\.safetensors"),
         ({"latents": {"devices": "77"}}, "no device '77'"),
+        ({"train": {"sample_prompts": ["a --q 1"]}}, "prompt 1: there is no option --q"),
     ],
 )
 def test_what_cannot_be_right_is_named_by_its_key(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_job(job(tmp_path, **sections))
+
+
+def test_a_base_model_that_is_none_is_told_before_pictures_are_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not a \.safetensors file"):
+        check_job(job(tmp_path, train={"base_model": __file__}))
 
 
 @pytest.mark.parametrize("inside", ["in", "in/deep", "link"])
