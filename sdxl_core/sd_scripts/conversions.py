@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_core.errors import ConfigError
 from sdxl_core.sd_scripts.options import Given, option_table
 
 _NOT_IN_TRAINING = "the latents are cached already; it mattered when they were made"
@@ -96,6 +97,10 @@ class Conversion:
         """An option's value, or sd-scripts' default."""
         return str(self.given.get(name, option_table()[name].default))
 
+    def _number(self, name: str) -> float:
+        """As `_text`. Raises: ConfigError: it is none."""
+        return _number(name, self._text(name))
+
     def _set(self, name: str, place: str, value: Any) -> None:
         self.values[place] = value
         if self._has(name):
@@ -119,15 +124,18 @@ class Conversion:
         self.values["train.gradient_checkpointing"] = bool(self.given.get("gradient_checkpointing"))
 
     def _rates(self) -> None:
-        rate = self._text("learning_rate")
+        rate = self._number("learning_rate")
         trains_texts = self._has("train_text_encoder")
-        self._set("learning_rate", "train.learning_rate", float(rate))
+        self._set("learning_rate", "train.learning_rate", rate)
         for name in ("learning_rate_te1", "learning_rate_te2"):
-            self._set(name, f"train.{name}", float(self.given.get(name, rate)) if trains_texts else 0.0)
+            own = self._number(name) if self._has(name) else rate
+            self._set(name, f"train.{name}", own if trains_texts else 0.0)
             if self._has(name) and not trains_texts:
                 self._say(name, "without --train_text_encoder sdxl_train.py ignores it: text encoders stay frozen")
         if self._has("block_lr"):
-            self._set("block_lr", "train.block_lr", [float(part) for part in self._text("block_lr").split(",")])
+            self._set(
+                "block_lr", "train.block_lr", [_number("block_lr", part) for part in self._text("block_lr").split(",")]
+            )
 
     def _optimizer(self) -> None:
         wanted = self._text("optimizer_type")
@@ -173,14 +181,14 @@ class Conversion:
 
     def _schedule(self) -> None:
         name = self._text("lr_scheduler")
-        warmup = float(self._text("lr_warmup_steps"))
+        warmup = self._number("lr_warmup_steps")
         if name not in _SCHEDULERS:
             self._say("lr_scheduler", f"{name} is not among the schedules here; constant stands in its place")
             name = "constant"
         else:
             self._set("lr_scheduler", "train.lr_scheduler", name)
         self.values["train.lr_scheduler"] = "constant_with_warmup" if name == "constant" and warmup else name
-        if float(self._text("lr_decay_steps")) and name != "warmup_stable_decay" and self._has("lr_decay_steps"):
+        if self._number("lr_decay_steps") and name != "warmup_stable_decay" and self._has("lr_decay_steps"):
             self._say("lr_decay_steps", f"{name} has no phase of decay; sdxl_train.py ignores it as well")
             self.values.pop("train.lr_decay_steps")
 
@@ -210,25 +218,25 @@ class Conversion:
         for state, place in (("", "train.keep_models"), ("_state", "train.keep_states")):
             epochs, steps = f"save_last_n_epochs{state}", f"save_last_n_steps{state}"
             if self._has(epochs):
-                self._set(epochs, place, max(int(self.given[epochs]), 2 if state else 1))
+                self._set(epochs, place, max(int(self._number(epochs)), 2 if state else 1))
             if self._has(steps) and not self._has("save_every_n_steps"):
                 self._say(steps, "says for how many steps files are kept; without --save_every_n_steps there are none")
             elif self._has(steps):
-                every = int(self.given["save_every_n_steps"])
-                self._set(steps, place, max(math.ceil(int(self.given[steps]) / every), 2 if state else 1))
+                every = self._number("save_every_n_steps")
+                self._set(steps, place, max(math.ceil(self._number(steps) / every), 2 if state else 1))
 
     def _captions_and_data(self) -> None:
         separator = self._text("caption_separator")
         self._set("caption_separator", "train.caption_separator", ", " if separator.strip() == "," else separator)
         if self._has("max_token_length"):
-            self._set("max_token_length", "train.max_token_length", int(self._text("max_token_length")))
+            self._set("max_token_length", "train.max_token_length", int(self._number("max_token_length")))
         if self._has("v_parameterization"):
             self._set("v_parameterization", "train.prediction_type", "v_prediction")
         for name in ("masked_loss", "alpha_mask"):
             if self._has(name):
                 self._set(name, "train.masked_loss", self._has("masked_loss"))
         if self._has("resolution"):
-            sides = [int(side) for side in self._text("resolution").split(",")]
+            sides = [int(_number("resolution", side)) for side in self._text("resolution").split(",")]
             self._set("resolution", "latents.resolution_px", math.isqrt(sides[0] * sides[-1]))
         if "in_json" not in self.given:
             self.values["latents.max_bucket_px"] = self._text("max_bucket_reso")
@@ -247,3 +255,10 @@ class Conversion:
                     f"--root-map {drive}=/mnt/{drive[0].lower()}, or wherever that drive is"
                 )
                 return
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {text!r} is not a number.") from error

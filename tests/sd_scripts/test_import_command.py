@@ -226,6 +226,8 @@ def test_without_cached_latents_it_becomes_a_job(tmp_path: Path) -> None:
         (MINIMAL + " --seed", "--seed needs a value"),
         (MINIMAL + " --save_every", "could be any of --save_every_n_epochs, --save_every_n_steps"),
         (MINIMAL + " --block_lr=1e-5,1e-5", "23"),
+        (MINIMAL + " --learning_rate=fast", "--learning_rate: 'fast' is not a number"),
+        (MINIMAL + " --train_batch_size=many", "train_batch_size = 'many'"),
         (MINIMAL + " --shuffle_caption=true", "takes no value"),
     ],
 )
