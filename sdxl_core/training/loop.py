@@ -168,7 +168,7 @@ class Run:
         self.watch.start(self.start)
         step, stopped = self.start, False
         if step == 0:
-            self._look(0)
+            self._first_look()
         while step < self.total and not stopped:
             step, stopped = self._run_from(step, stop)
         self.saver.wait()
@@ -258,6 +258,13 @@ class Run:
         if self.accelerator.is_main_process:
             work()
         self.accelerator.wait_for_everyone()
+
+    def _first_look(self) -> None:
+        """Before the first step. Divided weights must first pass through the whole model, not through a part of it."""
+        if self.is_sharded and 0 in self.preview_at:
+            with torch.no_grad():
+                self.stepper.losses(self.batches.make(0, 0))
+        self._look(0)
 
     def _look(self, step: int) -> None:
         """Previews and the held-out loss, where they are due after `step` optimizer steps."""
