@@ -6,11 +6,17 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
+
+from sdxl_core.images.fast import jpeg_rgb, plain_webp_header, png_pixels, webp_pixels
 
 # Pillow's own limit is global and half of what a panorama needs; every picture is measured from its header instead,
 # before any pixel is decoded (`probe`).
@@ -18,14 +24,14 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 ORIENTATION = 0x0112
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+UPRIGHT: dict[int, tuple[Callable[[Any], Any], ...]] = {
+    2: (partial(cv2.flip, flipCode=1),),
+    3: (partial(cv2.rotate, rotateCode=cv2.ROTATE_180),),
+    4: (partial(cv2.flip, flipCode=0),),
+    5: (cv2.transpose,),
+    6: (partial(cv2.rotate, rotateCode=cv2.ROTATE_90_CLOCKWISE),),
+    7: (cv2.transpose, partial(cv2.rotate, rotateCode=cv2.ROTATE_180)),
+    8: (partial(cv2.rotate, rotateCode=cv2.ROTATE_90_COUNTERCLOCKWISE),),
 }
 # What a picture's file may hold, whatever its name says: no format that runs a program (EPS) or that is no picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF")  # JPEG includes MPO
@@ -51,18 +57,67 @@ class PictureSize:
     height_px: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a picture's header says.
+
+    width_px, height_px: as stored.   orientation: EXIF's, 1-8.   mode: Pillow's name of the pixel format.
+    kind: JPEG, PNG or WEBP where a quick decoder may give Pillow's pixels, "" elsewhere.
+    """
+
+    width_px: int
+    height_px: int
+    orientation: int
+    mode: str
+    kind: str
+
+    def size(self, *, honour_exif: bool) -> PictureSize:
+        turned = honour_exif and self.orientation >= 5
+        width_px, height_px = (self.height_px, self.width_px) if turned else (self.width_px, self.height_px)
+        return PictureSize(width_px=width_px, height_px=height_px)
+
+
+def read_header(data: bytes, *, compat: str) -> Header:
+    """The header of a picture file's bytes; no pixel is decoded.
+
+    Raises: BadPicture: empty_file, undecodable.
+    """
+    plain = plain_webp_header(data, compat=compat)
+    if plain is not None:
+        width_px, height_px, has_alpha = plain
+        mode = "RGBA" if has_alpha else "RGB"
+        return Header(width_px=width_px, height_px=height_px, orientation=1, mode=mode, kind="WEBP")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return Header(
+                width_px=image.width,
+                height_px=image.height,
+                orientation=1 if compat == "sd-scripts" else orientation(image),
+                mode=image.mode,
+                kind=_quick_kind(image, compat),
+            )
+    except DECODER_ERRORS as error:
+        raise _undecodable(len(data), error) from error
+
+
+def _quick_kind(image: Image.Image, compat: str) -> str:
+    """JPEG, PNG or WEBP, "" where only Pillow gives the pixels that are asked for."""
+    if "transparency" in image.info or (compat != "sd-scripts" and image.info.get("icc_profile")):
+        return ""
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return ""
+    modes = {"JPEG": ("RGB", "L"), "MPO": ("RGB", "L"), "PNG": ("RGB", "RGBA", "L", "LA"), "WEBP": ("RGB", "RGBA")}
+    if image.mode not in modes.get(image.format or "", ()):
+        return ""
+    return "JPEG" if image.format == "MPO" else image.format or ""
+
+
 def probe(data: bytes, *, honour_exif: bool) -> PictureSize:
     """A picture's size from the header of its file's bytes; no pixel is decoded.
 
     Raises: BadPicture: empty_file, undecodable.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width_px, height_px = image.size
-            turned = honour_exif and orientation(image) >= 5
-    except DECODER_ERRORS as error:
-        raise _undecodable(len(data), error) from error
-    return PictureSize(width_px=height_px if turned else width_px, height_px=width_px if turned else height_px)
+    return read_header(data, compat="default" if honour_exif else "sd-scripts").size(honour_exif=honour_exif)
 
 
 def orientation(image: Image.Image) -> int:
@@ -77,6 +132,14 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """rgb: uint8 [height, width, 3].   alpha: uint8 [height, width], 255 is opaque; None where all of it is."""
+
+    rgb: NDArray[np.uint8]
+    alpha: NDArray[np.uint8] | None
+
+
 def decode(data: bytes, *, compat: str, background: str) -> NDArray[np.uint8]:
     """A picture file's bytes as RGB, uint8 [height, width, 3]; of an animation the first frame.
 
@@ -84,17 +147,66 @@ def decode(data: bytes, *, compat: str, background: str) -> NDArray[np.uint8]:
             ICC profile converted to sRGB, 16 bits scaled to 8; "sd-scripts": PIL's convert("RGB") and nothing else.
     Raises: BadPicture: empty_file, undecodable.
     """
+    return decode_pixels(data, read_header(data, compat=compat), compat=compat, background=background).rgb
+
+
+def decode_pixels(data: bytes, header: Header, *, compat: str, background: str, with_alpha: bool = False) -> Pixels:
+    """A picture file's bytes as `decode` gives them, and its transparency where that is asked for (`with_alpha`).
+
+    Raises: BadPicture: undecodable.
+    """
+    keeps_alpha = with_alpha or compat != "sd-scripts"
+    pixels = _quick(data, header, alpha=keeps_alpha and header.mode in ("RGBA", "LA"))
+    if pixels is None:
+        return _by_pillow(data, compat=compat, background=background, with_alpha=with_alpha)
+    if pixels.shape[2] == 3:
+        return Pixels(_upright(pixels, header.orientation), None)
+    alpha: NDArray[np.uint8] = np.asarray(cv2.extractChannel(pixels, 3), dtype=np.uint8)
+    is_opaque = alpha.min() == 255
+    if compat == "sd-scripts" or is_opaque:
+        rgb = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), dtype=np.uint8)
+    else:
+        rgb = np.asarray(_composite(Image.fromarray(pixels), background))
+    turned = None if is_opaque or not with_alpha else _upright(alpha, header.orientation)
+    return Pixels(_upright(rgb, header.orientation), turned)
+
+
+def _quick(data: bytes, header: Header, *, alpha: bool) -> NDArray[np.uint8] | None:
+    if header.kind == "JPEG":
+        pixels = jpeg_rgb(data)
+    elif header.kind == "WEBP":
+        pixels = webp_pixels(data, alpha=alpha)
+    else:
+        pixels = png_pixels(data, alpha=alpha) if header.kind == "PNG" else None
+    return None if pixels is None or pixels.shape[:2] != (header.height_px, header.width_px) else pixels
+
+
+def _by_pillow(data: bytes, *, compat: str, background: str, with_alpha: bool) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if compat == "sd-scripts":
+                alpha = image.convert("RGBA").getchannel("A") if with_alpha and image.has_transparency_data else None
                 if image.mode == "P":
                     image.info.pop("transparency", None)  # dropped either way; Pillow would warn about each picture
-                return np.array(image.convert("RGB"))
-            transpose = TRANSPOSE.get(orientation(image))
-            flat = _composite(_to_srgb(_to_eight_bits(image)), background)
-            return np.array(flat.transpose(transpose) if transpose is not None else flat)
+                source = image if alpha is None else image.convert("RGBA")
+                return Pixels(np.array(source.convert("RGB")), None if alpha is None else np.array(alpha))
+            turn = orientation(image)
+            flat = _to_srgb(_to_eight_bits(image))
+            alpha = flat.convert("RGBA").getchannel("A") if with_alpha and flat.has_transparency_data else None
+            rgb = _upright(np.array(_composite(flat, background)), turn)
+            return Pixels(rgb, None if alpha is None else _upright(np.array(alpha), turn))
     except DECODER_ERRORS as error:
         raise _undecodable(len(data), error) from error
+
+
+def _upright(pixels: NDArray[np.uint8], turn: int) -> NDArray[np.uint8]:
+    """uint8 [h, w] or [h, w, 3] turned and mirrored as EXIF orientation `turn` (1-8) asks for."""
+    if turn == 1:
+        return pixels
+    steps = UPRIGHT[turn]
+    for step in steps:
+        pixels = np.asarray(step(pixels), dtype=np.uint8)
+    return pixels
 
 
 def _undecodable(num_bytes: int, error: BaseException) -> BadPicture:

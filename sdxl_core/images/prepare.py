@@ -9,13 +9,13 @@ from PIL import Image
 
 from sdxl_core.buckets import BucketChoice, BucketTable, TooSmallForBuckets
 from sdxl_core.config import LatentsOptions
-from sdxl_core.images.decode import BadPicture, PictureSize
+from sdxl_core.images.decode import BadPicture, PictureSize, Pixels
 
 cv2.setNumThreads(1)  # pictures are prepared in parallel; a pool inside each of them only costs
 
 
 def resize(image: NDArray[np.uint8], *, width_px: int, height_px: int) -> NDArray[np.uint8]:
-    """uint8 [h, w, 3] to [height_px, width_px, 3]: OpenCV's INTER_AREA where neither side grows, else Lanczos."""
+    """uint8 [h, w, …] to [height_px, width_px, …]: OpenCV's INTER_AREA where neither side grows, else Lanczos."""
     height, width = image.shape[:2]
     if (width, height) == (width_px, height_px):
         return image
@@ -37,6 +37,21 @@ def fit_to_bucket(image: NDArray[np.uint8], choice: BucketChoice) -> NDArray[np.
     top, left = choice.crop_top_px, choice.crop_left_px
     cropped = resized[top : top + choice.bucket.height_px, left : left + choice.bucket.width_px]
     return np.ascontiguousarray(cropped)
+
+
+def fit_with_alpha(image: Pixels, choice: BucketChoice, *, compat: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Pixels and transparency in a bucket: uint8 [h, w, 3] and [h, w], 255 is opaque.
+
+    compat = "sd-scripts" scales all four channels as one picture, as it does: where one is enlarged, Pillow weighs the
+    colours by their opacity.   Raises: as `fit_to_bucket`.
+    """
+    if image.alpha is None:
+        rgb = fit_to_bucket(image.rgb, choice)
+        return rgb, np.full(rgb.shape[:2], 255, np.uint8)
+    if compat == "sd-scripts":
+        both = fit_to_bucket(np.dstack((image.rgb, image.alpha)), choice)
+        return np.ascontiguousarray(both[..., :3]), np.ascontiguousarray(both[..., 3])
+    return fit_to_bucket(image.rgb, choice), fit_to_bucket(image.alpha, choice)
 
 
 def choose_bucket(size: PictureSize, table: BucketTable, options: LatentsOptions) -> BucketChoice:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdxl_core.buckets import BucketChoice, BucketTable
 from sdxl_core.config import LatentsOptions
-from sdxl_core.images.decode import BadPicture, PictureSize, decode, probe
-from sdxl_core.images.prepare import choose_bucket, fit_to_bucket
+from sdxl_core.images.decode import BadPicture, PictureSize, decode_pixels, read_header
+from sdxl_core.images.prepare import choose_bucket, fit_to_bucket, fit_with_alpha
 from sdxl_core.latents.engine.records import Picture
 from sdxl_core.latents.vae import FLIPPED, posterior_noise
 
@@ -45,13 +45,19 @@ def prepare(picture: Picture, data: bytes, table: BucketTable, options: LatentsO
 
     Raises: BadPicture: empty_file, undecodable, too_small, too_large, extreme_aspect.
     """
-    size = probe(data, honour_exif=options.compat != "sd-scripts")
+    header = read_header(data, compat=options.compat)
+    size = header.size(honour_exif=options.compat != "sd-scripts")
     choice = choose_bucket(size, table, options)
     with _memory_for(size):
-        image = decode(data, compat=options.compat, background=options.background)
-        if image.shape[:2] != (size.height_px, size.width_px):
+        image = decode_pixels(
+            data, header, compat=options.compat, background=options.background, with_alpha=options.alpha_mask
+        )
+        if image.rgb.shape[:2] != (size.height_px, size.width_px):
             raise BadPicture("undecodable", "its pixels are of another size than its header says")
-        pixels = fit_to_bucket(image, choice)
+        if options.alpha_mask:
+            pixels, alpha = fit_with_alpha(image, choice, compat=options.compat)
+        else:
+            pixels, alpha = fit_to_bucket(image.rgb, choice), None
     digest = hashlib.sha256(data).digest()
     height, width = pixels.shape[0] // 8, pixels.shape[1] // 8
     sides = () if options.logvar else (b"", FLIPPED) if options.flip_aug else (b"",)
@@ -60,7 +66,7 @@ def prepare(picture: Picture, data: bytes, table: BucketTable, options: LatentsO
         size=size,
         choice=choice,
         pixels=pixels,
-        alpha=None,
+        alpha=alpha,
         digest=digest,
         noise=tuple(posterior_noise(digest + side, options.seed, height, width) for side in sides),
     )
