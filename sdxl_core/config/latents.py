@@ -52,7 +52,9 @@ class LatentsOptions(BucketOptions):
         description="per_image: F.npz, as sd-scripts' fine-tuning has it, or F_0832x1216_sdxl.npz (width and height of "
         "the picture), as its trainers' own cache has it",
     )
-    batch_size: int = Field(4, ge=1, le=256, description="pictures a VAE batch")
+    batch_size: int = Field(
+        4, ge=0, le=256, description="pictures a VAE batch; 0: found by trying when an output is begun, then kept"
+    )
     compile: bool = Field(
         False, description="torch.compile the VAE for full batches of each bucket: minutes once, then quicker (CUDA)"
     )

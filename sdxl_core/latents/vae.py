@@ -13,6 +13,7 @@ from torch import Tensor
 from sdxl_core.models.load import load_vae
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_SHAPES = 256  # that are compiled for; torch gives up after 8 unless told otherwise
 FLIPPED = b"/flipped"  # added to a picture's digest, it keys the noise of the mirrored picture
 
 # [B, 3, h, w] in [-1, 1], channels last, to the posterior's mean and logarithm of variance, each [B, 4, h / 8, w / 8].
@@ -34,6 +35,15 @@ def load_encoder(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
         return posterior.mean, posterior.logvar
 
     return encode
+
+
+@cache
+def compiled(encode: EncodeFunction) -> EncodeFunction:
+    """The encoder compiled anew for each shape it meets, which takes minutes each and is kept for the process."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
+    return torch.compile(encode, dynamic=False)
 
 
 def posterior_noise(digest: bytes, seed: int, height: int, width: int) -> Tensor:

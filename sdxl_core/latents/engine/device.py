@@ -13,7 +13,7 @@ from torch import Tensor
 from sdxl_core.config import LatentsOptions
 from sdxl_core.latents.engine.clock import Clock
 from sdxl_core.latents.engine.prepare import Prepared
-from sdxl_core.latents.vae import DTYPES, EncodeFunction, LoadFunction
+from sdxl_core.latents.vae import DTYPES, EncodeFunction, LoadFunction, compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,12 @@ class Device:
     one travels; `in_flight` batches keep it busy. On the CPU `submit` does everything.
     """
 
-    def __init__(self, options: LatentsOptions, device: str, load: LoadFunction, clock: Clock) -> None:
-        self._options, self._load, self._clock = options, load, clock
-        self._device = torch.device("cpu" if device == "cpu" else "cuda:0")
-        on_card = self._device.type == "cuda"
+    def __init__(
+        self, options: LatentsOptions, device: torch.device, load: LoadFunction, *, batch_size: int, clock: Clock
+    ) -> None:
+        self._options, self._device, self._load = options, device, load
+        self._batch_size, self._clock = batch_size, clock
+        on_card = device.type == "cuda"
         self._upload = torch.cuda.Stream(self._device) if on_card else None  # type: ignore[no-untyped-call]
         self._download = torch.cuda.Stream(self._device) if on_card else None  # type: ignore[no-untyped-call]
         self._limits: dict[tuple[int, int, str], int] = {}  # height, width, dtype: most pictures that fit
@@ -110,6 +112,8 @@ class Device:
     def _send(self, batch: Sequence[Prepared], dtype: str) -> Ticket:
         """Copy there, compute, copy back; on a card all of it is only queued."""
         encode = self._load(self._options.vae, dtype, self._device)
+        if self._options.compile and len(batch) == self._batch_size and dtype == self._options.dtype:
+            encode = compiled(encode)
         spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         with self._clock.working("transfer"):
             staged = _stage(batch, pinned=self._upload is not None)

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sdxl_core.buckets import BucketTable, crop_ltrb
 from sdxl_core.config import CacheLatentsConfig, LatentsOptions
 from sdxl_core.devices import cores_of_slot
 from sdxl_core.images.decode import BadPicture
+from sdxl_core.latents.engine.batch_size import settled_batch_size
 from sdxl_core.latents.engine.batches import batches_of
 from sdxl_core.latents.engine.clock import Clock
 from sdxl_core.latents.engine.device import Device, Encoded, Ticket
 from sdxl_core.latents.engine.feed import Feed, Outcome
+from sdxl_core.latents.engine.heap import keep_freed_memory
 from sdxl_core.latents.engine.prepare import Prepared, prepare
 from sdxl_core.latents.engine.records import EncodedGroup, EncodedPicture, EngineReport, Picture, Rejection
 from sdxl_core.latents.engine.writer import Writer
@@ -53,13 +56,14 @@ class _Group:
 class Engine:
     """Encodes groups of pictures on one device.
 
-    Args:   config: its `batch_size` must be a number of pictures (0, which is to be found out, is
-            `batch_size.find_batch_size`'s).   device: `cpu`, or a card's number, which this process sees as cuda:0.
+    Args:   config: with `batch_size` 0 the first run into `out` finds it out, and later ones keep to it.
+            device: `cpu`, or a card's number, which this process sees as cuda:0.
             load: gives the VAE's encoder; another one for measuring.
     """
 
     def __init__(self, config: CacheLatentsConfig, device: str, *, load: LoadFunction = load_encoder) -> None:
-        self._config, self._device, self._load = config, device, load
+        self._config, self._load = config, load
+        self._device = torch.device("cpu" if device == "cpu" else "cuda:0")
         self._threads = config.decode_threads or cores_of_slot()
         self._table = BucketTable.from_options(config)
 
@@ -72,18 +76,20 @@ class Engine:
         Raises: what `groups` and `commit` raise; everything committed before stays.
                 torch.OutOfMemoryError: a single picture does not fit.   ConfigError, CheckpointError: no such VAE.
         """
+        keep_freed_memory()
+        batch_size = settled_batch_size(self._config, self._device, self._load)
         clock = Clock(self._threads)
-        device = Device(self._config, self._device, self._load, clock)
-        ahead = 3 * self._threads + 2 * self._config.batch_size
+        device = Device(self._config, self._device, self._load, batch_size=batch_size, clock=clock)
+        ahead = 3 * self._threads + 2 * batch_size
         prepare_one = partial(prepare, table=self._table, options=self._config)
         with (
             Writer(commit, clock) as writer,
             Feed(groups, prepare_one, threads=self._threads, ahead=ahead, clock=clock) as feed,
         ):
-            self._run(feed, device, writer)
+            self._run(feed, device, writer, batch_size)
         return clock.report(num_encoded=writer.num_encoded, num_rejected=writer.num_rejected)
 
-    def _run(self, feed: Feed, device: Device, writer: Writer) -> None:
+    def _run(self, feed: Feed, device: Device, writer: Writer, batch_size: int) -> None:
         under_way: deque[tuple[_Group, Ticket]] = deque()
 
         def finish_one() -> None:
@@ -95,7 +101,7 @@ class Engine:
 
         for number, pictures in feed.groups():
             group = _Group(number)
-            for batch in batches_of(_usable(pictures, group), self._config.batch_size):
+            for batch in batches_of(_usable(pictures, group), batch_size):
                 under_way.append((group, device.submit(batch)))
                 group.open_batches += 1
                 while len(under_way) > device.in_flight:
