@@ -16,7 +16,7 @@ from sdxl_core.latents.rows import FORMAT, LEDGER_FOLDER
 SHAPING = (
     "resolution_px", "min_bucket_px", "max_bucket_px", "bucket_step_px", "no_upscale", "dtype", "batch_size", "compat",
     "background", "min_side_px", "max_image_megapixels", "max_cropped_share", "seed", "layout", "packed_dtype",
-    "npz_naming", "flip_aug", "alpha_mask", "logvar",
+    "npz_naming", "flip_aug", "alpha_mask", "logvar", "compile",
 )  # fmt: skip
 _OF_LAYOUT = {"packed_dtype": "packed", "npz_naming": "per_image"}
 
