@@ -150,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_options(command, stage.config, leave_out=("path",))
     add_translations(commands, _command)
     _add_lineage(commands)
+    _add_show_captions(commands)
     _add_service(commands)
     _command(
         commands, "doctor", "what is installed, which GPUs, does bitsandbytes work here, what to do if not", _doctor
@@ -241,12 +242,27 @@ def _catalog(options: argparse.Namespace) -> None:
 def _add_train(commands: Any, stage: Stage) -> None:
     command = _command(commands, "train", stage.help, _train, stage=stage, name="train")
     _add_flow(command)
+    _add_training_file(command)
+    command.add_argument(
+        "--show-captions", type=int, metavar="N", help="print N captions as training tokenises them, and end"
+    )
+    for word in ATTENTION_WORDS:
+        command.add_argument(f"--{word}", action="store_true", help="accepted: attention is PyTorch's SDPA in any case")
+
+
+def _add_show_captions(commands: Any) -> None:
+    command = _command(
+        commands, "show-captions", "print captions exactly as training tokenises them, and what is cut", _show_captions
+    )
+    _add_training_file(command)
+    command.add_argument("--num", type=int, default=50, metavar="N", help="how many captions (default: 50)")
+
+
+def _add_training_file(command: argparse.ArgumentParser) -> None:
     command.add_argument("job", type=Path, nargs="?", metavar="JOB.toml", help="a job file: trains what the job cached")
     command.add_argument("--config", type=Path, metavar="TRAIN.toml", help="training parameters only")
     _add_set(command)
     _add_preset(command)
-    for word in ATTENTION_WORDS:
-        command.add_argument(f"--{word}", action="store_true", help="accepted: attention is PyTorch's SDPA in any case")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -302,20 +318,42 @@ def _on_a_set(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    if (options.job is None) == (options.config is None):
-        raise ConfigError("sdxl-flows train: name either a job file (train JOB.toml) or --config TRAIN.toml.")
     for word in ATTENTION_WORDS:
         if getattr(options, word.replace("-", "_")):
             print(f"--{word}: noted. Attention is PyTorch's scaled_dot_product_attention, which picks the fastest "
                   f"kernel for the card by itself; nothing else needs to be installed.", file=sys.stderr)  # fmt: skip
-    if options.config is None:
-        config = _read_job(options).train_config()
-    else:
-        from sdxl_core.presets import under_training
-
-        values = apply_overrides(under_training(options.preset, read_toml(options.config)), options.overrides)
-        config = check(TrainConfig, values, where=str(options.config))
+    config = _train_config(options, command="train")
+    if options.show_captions is not None:
+        _print_captions(config, options.show_captions, as_json=options.as_json)
+        return
     _run_stage(config, options)
+
+
+def _train_config(options: argparse.Namespace, *, command: str) -> TrainConfig:
+    """What a job file or a file of training parameters says."""
+    if (options.job is None) == (options.config is None):
+        raise ConfigError(f"sdxl-flows {command}: name either a job file ({command} JOB.toml) or --config TRAIN.toml.")
+    if options.config is None:
+        return _read_job(options).train_config()
+    from sdxl_core.presets import under_training
+
+    values = apply_overrides(under_training(options.preset, read_toml(options.config)), options.overrides)
+    return check(TrainConfig, values, where=str(options.config))
+
+
+def _show_captions(options: argparse.Namespace) -> None:
+    _print_captions(_train_config(options, command="show-captions"), options.num, as_json=options.as_json)
+
+
+def _print_captions(config: TrainConfig, num: int, *, as_json: bool) -> None:
+    """Text for people, or one JSON object a line."""
+    import orjson
+
+    from sdxl_core.training.show_captions import caption_lines, shown_captions
+
+    captions = shown_captions(config, num)
+    for line in (orjson.dumps(c).decode() for c in captions) if as_json else caption_lines(captions, config):
+        print(line)
 
 
 def _run_stage(config: Any, options: argparse.Namespace) -> None:

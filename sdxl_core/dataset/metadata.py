@@ -9,6 +9,8 @@ import orjson
 
 from sdxl_core.errors import ConfigError, DataError
 
+TAG_CATEGORIES = "tag_categories.json"  # {category: [tags]}, beside the metadata that was merged from a catalog
+
 
 def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     """A meta_cap*.json or meta_lat.json, checked.

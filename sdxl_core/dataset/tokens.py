@@ -19,6 +19,12 @@ def token_ids(caption: str) -> list[int]:
     return ids
 
 
+def token_text(ids: list[int]) -> str:
+    """What ids stand for: lower case, a space behind each word and sign. The reverse of `token_ids`, for people."""
+    text: str = _vocabulary().decode(ids)
+    return text.strip()
+
+
 def count_tokens(caption: str) -> int:
     """How many of the 75, 150 or 225 places a caption takes."""
     return len(token_ids(caption))

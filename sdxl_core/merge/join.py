@@ -12,6 +12,7 @@ from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import DataError
 from sdxl_core.files import atomic_writer, remove_stale_partials
 from sdxl_core.merge.shards import BLOCK_BYTES, STAGE, damaged, rejected_rows, work_folder
+from sdxl_core.merge.tag_categories import write_tag_categories
 from sdxl_core.refs import MergeShardRef, MetadataRef
 from sdxl_core.rejected import count_reasons, update_rejected
 
@@ -54,6 +55,7 @@ def _joined(config: MergeTagsConfig, shards: Sequence[MergeShardRef], sha256: st
             f"({reasons}; see {rejected_path}). Tags are looked for in F{config.tag_extension} beside F.png; "
             f"see --tag-extension."
         )
+    write_tag_categories(config)
     _remove_old_work(config, shards)
     return MetadataRef(
         path=config.out,

@@ -13,7 +13,8 @@ from sdxl_core.models.tokenizer import CHUNK, EOS, TokenIds
 def encode_prompts(text_encoder: Any, text_encoder_2: Any, token_ids: TokenIds) -> tuple[Tensor, Tensor]:
     """Both text encoders' conditioning, differentiable.
 
-    Args:   token_ids: int64 [B, n, 77] for each encoder, on any device.
+    Args:   token_ids: int64 [B, n, 77] for each encoder, on any device; their weights multiply the hidden states, not
+            the pooled text, as in sd-scripts.
     Returns: prompt_embeds [B, 75 n + 2, D1 + D2] (penultimate hidden states, no final norm) and pooled_prompt_embeds
             [B, P]: bigG's projected state at the first EOS of the first chunk.
     Source: SDXL paper arXiv:2307.01952 sec. 2.1; parity with diffusers' StableDiffusionXLPipeline.encode_prompt.
@@ -22,6 +23,9 @@ def encode_prompts(text_encoder: Any, text_encoder_2: Any, token_ids: TokenIds) 
     hidden_2, last_2 = _hidden_states(text_encoder_2, token_ids.clip_g)
     num_captions, num_chunks, _ = token_ids.clip_g.shape
     joined = [_join_chunks(hidden, num_captions, num_chunks) for hidden in (hidden_1, hidden_2)]
+    if token_ids.weights is not None:
+        weights = _join_chunks(token_ids.weights.reshape(-1, CHUNK + 2, 1), num_captions, num_chunks)
+        joined = [hidden * weights.to(hidden) for hidden in joined]
     first_chunks = last_2[::num_chunks]
     end = (token_ids.clip_g[:, 0] == EOS).int().argmax(dim=-1).to(last_2.device)
     pooled = first_chunks[torch.arange(num_captions, device=end.device), end]

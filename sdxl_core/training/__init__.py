@@ -11,7 +11,7 @@ parallel.py       alone, DDP or FSDP2: who holds which piece of a weight
 parts.py          what trains at which rate, and back to a checkpoint; denoiser.py: the models as one module
 batches.py        micro-batches, made ahead
 order.py          which samples form which batch            pure
-captions.py       which text a sample has in an epoch       pure
+captions.py       which text a sample has in an epoch       pure; caption_rules.py: by which rules; show_captions.py
 objectives/       noise, timesteps, targets, loss           pure
 randomness.py     all random numbers, by what they are for  pure
 rates.py          which parameters share a learning rate; schedules.py: how it changes    pure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from sdxl_core.config import TrainConfig
 from sdxl_core.latents import LatentStore
 from sdxl_core.models import component_config, time_ids, tokenize
-from sdxl_core.training.captions import CaptionRules, caption_text
+from sdxl_core.training.caption_rules import caption_rules, plain_rules
+from sdxl_core.training.captions import caption_text
 from sdxl_core.training.latent_view import LatentView, view_of
 from sdxl_core.training.objectives import NoiseDraw, Objective
 from sdxl_core.training.order import EpochPlan, Indices, batches_of_epoch, position_of_step, samples_of_rank
@@ -30,7 +31,8 @@ class MicroBatch:
     """One process's part of a global micro-batch, on the CPU.
 
     latents:  float32 [B, 4, h, w], unscaled.   draw: noise and timesteps of the same samples.
-    clip_l, clip_g: token ids, int64 [B, n, 77].   time_ids: float32 [B, 6].
+    clip_l, clip_g: token ids, int64 [B, n, 77].   token_weights: float32 [B, n, 77], None where all are 1.
+    time_ids: float32 [B, 6].
     mask:  float32 [B, 1, H, W] in [0, 1], in pixels: what of a picture is opaque; None where all of it counts.
     num_counted:  samples that count: B, or 0 where this process has none and computes one for company.
     """
@@ -40,6 +42,7 @@ class MicroBatch:
     draw: NoiseDraw
     clip_l: Tensor
     clip_g: Tensor
+    token_weights: Tensor | None
     time_ids: Tensor
     mask: Tensor | None
     num_counted: int
@@ -54,14 +57,9 @@ class BatchMaker:
         self._objective = Objective(config)
         self._scaling_factor = float(component_config("sdxl", "vae")["scaling_factor"])  # tiny's is the same
         self._batches = lru_cache(maxsize=2)(lambda epoch: batches_of_epoch(plan, epoch))
-        self._rules = CaptionRules(
-            separator=config.caption_separator,
-            shuffle=config.shuffle_caption,
-            keep_tokens=config.keep_tokens,
-            dropout_rate=config.caption_dropout_rate,
-            seed=config.seed,
-        )
-        self._plain_rules = replace(self._rules, shuffle=False, dropout_rate=0.0)
+        total = config.max_train_epochs * plan.num_steps if config.max_train_epochs else config.max_train_steps
+        self._rules = caption_rules(config, total_steps=total)
+        self._plain_rules = plain_rules(config)
 
     def global_batches(self, step: int) -> list[Indices]:
         """The global micro-batches of an optimizer step."""
@@ -104,7 +102,7 @@ class BatchMaker:
         keys = tuple(sample.key for sample in samples)
         views = [self._view(sample, epoch, flip_aug=self.config.flip_aug) for sample in samples]
         latents = torch.stack([view.latents for view in views])
-        texts = [caption_text(s.sentence, s.tags, self._rules, epoch=epoch, key=s.key) for s in samples]
+        texts = [self.caption(sample, step) for sample in samples]
         draw = self._objective.draw(keys, latents * self._scaling_factor, epoch=epoch, seed=self.config.seed)
         return self._batch(samples, views, texts, draw, num_counted=len(part))
 
@@ -112,7 +110,7 @@ class BatchMaker:
         """Samples as they are, whole captions, with noise and timesteps in [low, high) that are always the same."""
         samples = self._samples(numbers)
         views = [self._view(sample, 0, flip_aug=False) for sample in samples]
-        texts = [caption_text(s.sentence, s.tags, self._plain_rules, epoch=0, key=s.key) for s in samples]
+        texts = [caption_text(s.sentence, s.tags, self._plain_rules, epoch=0, key=s.key, step=0) for s in samples]
         draws = [
             self._objective.fixed_draw(s.key, view.latents.shape, timesteps=timesteps, seed=self.config.seed)
             for s, view in zip(samples, views, strict=True)
@@ -125,7 +123,7 @@ class BatchMaker:
     def _batch(
         self, samples: list[Sample], views: list[LatentView], texts: list[str], draw: NoiseDraw, *, num_counted: int
     ) -> MicroBatch:
-        tokens = tokenize(texts, max_token_length=self.config.max_token_length)
+        tokens = tokenize(texts, max_token_length=self.config.max_token_length, weighted=self.config.weighted_captions)
         ids = time_ids(
             original_size=torch.tensor([[v.original_height_px, v.original_width_px] for v in views]),
             crop_top_left=torch.tensor([[v.crop_top_px, v.crop_left_px] for v in views]),
@@ -137,10 +135,16 @@ class BatchMaker:
             draw=draw,
             clip_l=tokens.clip_l,
             clip_g=tokens.clip_g,
+            token_weights=tokens.weights,
             time_ids=ids,
             mask=_opaque(views, samples) if self.config.masked_loss else None,
             num_counted=num_counted,
         )
+
+    def caption(self, sample: Sample, step: int) -> str:
+        """The text of a sample that is trained on at an optimizer step."""
+        epoch, _ = position_of_step(self.plan, step)
+        return caption_text(sample.sentence, sample.tags, self._rules, epoch=epoch, key=sample.key, step=step)
 
     def _part(self, batch: Indices, rank: int) -> Indices:
         return samples_of_rank(batch, rank=rank, num_processes=self.config.num_processes)

@@ -1,4 +1,4 @@
-"""U-Net and both text encoders as one module: text, latents and timesteps in, predicted noise out."""
+"""U-Net and both text encoders as one module: text, latents and timesteps in, prediction out."""
 
 from __future__ import annotations
 
@@ -21,14 +21,22 @@ class Denoiser(nn.Module):
         text_parameters = [*text_encoder.parameters(), *text_encoder_2.parameters()]
         self._trains_text = any(parameter.requires_grad for parameter in text_parameters)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, clip_l: Tensor, clip_g: Tensor, time_ids: Tensor) -> Tensor:
-        """noisy: [B, 4, h, w]; timesteps: int64 [B]; clip_l, clip_g: int64 [B, n, 77]; time_ids: [B, 6].
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        clip_l: Tensor,
+        clip_g: Tensor,
+        time_ids: Tensor,
+        token_weights: Tensor | None = None,
+    ) -> Tensor:
+        """noisy: [B, 4, h, w]; timesteps: int64 or float32 [B]; clip_l, clip_g: int64 [B, n, 77]; time_ids: [B, 6];
 
-        Returns the predicted noise [B, 4, h, w].
+        token_weights: float32 [B, n, 77] or None. Returns the prediction [B, 4, h, w].
         """
         with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
             prompt_embeds, pooled_prompt_embeds = encode_prompts(
-                self.text_encoder, self.text_encoder_2, TokenIds(clip_l=clip_l, clip_g=clip_g)
+                self.text_encoder, self.text_encoder_2, TokenIds(clip_l=clip_l, clip_g=clip_g, weights=token_weights)
             )
         prediction: Tensor = self.unet(
             noisy.to(self.unet.dtype),

@@ -22,6 +22,7 @@ from sdxl_core.lock import output_lock
 from sdxl_core.processes import end_group
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import CheckpointRef
+from sdxl_core.training.caption_rules import caption_warning, tag_rates
 from sdxl_core.training.preflight import check_training, check_writable
 from sdxl_core.training.processes import WATCH_STDIN, read_outcome
 from sdxl_core.training.result import finished_result, read_result
@@ -44,7 +45,7 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
     check_writable(config)
     training_set = read_training_set(config)
     check_training(config, training_set)
-    _warn_of_prediction(config)
+    _say_warnings(config)
     config = config.model_copy(update={"use_cpu": _on_cpu(config)})
     state = config.out / "state"
     with disk_errors(state):
@@ -66,13 +67,15 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
         return result
 
 
-def _warn_of_prediction(config: TrainConfig) -> None:
-    """Raises: ConfigError: the base model predicts something else than is trained."""
+def _say_warnings(config: TrainConfig) -> None:
+    """Raises: ConfigError, DataError: base model, captions or their tags' categories do not fit the settings."""
     from sdxl_core.models import base_prediction, check_prediction  # imports torch
 
-    warning = check_prediction(config.base_model, base_prediction(config.base_model), config)
-    if warning:
-        logger.warning(warning)
+    tag_rates(config)
+    prediction = check_prediction(config.base_model, base_prediction(config.base_model), config)
+    for warning in (prediction, caption_warning(config)):
+        if warning:
+            logger.warning(warning)
 
 
 def _on_cpu(config: TrainConfig) -> bool:

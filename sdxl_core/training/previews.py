@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.files import atomic_writer
-from sdxl_core.models import TokenIds, encode_prompts, load_models, time_ids, tokenize
+from sdxl_core.models import encode_prompts, load_models, time_ids, tokenize
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.objectives.sampling import sampling_scheduler
 from sdxl_core.training.prompts import Prompt, prompts_of
@@ -58,8 +58,8 @@ def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int, keep: 
 def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: Prompt, *, number: int, factor: int) -> Tensor:
     """Latents of one picture, scaled, float32 [1, 4, h, w]. Guidance: negative + scale * (prompt - negative)."""
     device, dtype = next(denoiser.parameters()).device, denoiser.unet.dtype
-    tokens = tokenize([prompt.negative, prompt.text], max_token_length=config.max_token_length)
-    tokens = TokenIds(clip_l=tokens.clip_l.to(device), clip_g=tokens.clip_g.to(device))
+    texts = [prompt.negative, prompt.text]
+    tokens = tokenize(texts, max_token_length=config.max_token_length, weighted=config.weighted_captions).to(device)
     prompt_embeds, pooled = encode_prompts(denoiser.text_encoder, denoiser.text_encoder_2, tokens)
     size = torch.tensor([[prompt.height_px, prompt.width_px]] * 2, device=device)  # of the negative and of this one
     ids = time_ids(original_size=size, crop_top_left=torch.zeros_like(size), target_size=size)

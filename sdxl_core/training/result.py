@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from sdxl_core.config import TrainConfig
 from sdxl_core.files import sha256_file, write_atomic
 from sdxl_core.refs import CheckpointRef, FileRef, to_json
+from sdxl_core.training.caption_rules import categories_path
 from sdxl_core.training.training_set import TrainingSet
 
 # How long, how fast, how watched, where, under which name: not what the weights become. Everything else is.
@@ -22,7 +23,7 @@ NOT_SHAPING = {
     "num_processes", "use_cpu", "gradient_checkpointing", "metadata", "latents", "out", "base_model",
     "train_batch_size", "parallel", "torch_compile", "save_every_epochs", "save_every_minutes",
     "keep_states", "save_model_every_steps", "save_model_every_epochs", "keep_models", "snapshot_every_steps",
-    "max_bad_steps",
+    "max_bad_steps", "tag_categories",
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def run_settings(config: TrainConfig, training_set: TrainingSet) -> dict[str, An
         "global_batch_size": config.train_batch_size * config.num_processes,
         "base_model": model_fingerprint(config.base_model),
         "dataset": training_set.digest,
+        **({"tag_categories": sha256_file(categories_path(config))} if config.tag_dropout_by_category else {}),
     }
 
 

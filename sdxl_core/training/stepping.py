@@ -153,6 +153,7 @@ class Stepper:
                 batch.clip_l.to(device),
                 batch.clip_g.to(device),
                 batch.time_ids.to(device),
+                None if batch.token_weights is None else batch.token_weights.to(device),
             )
         mask = None if batch.mask is None else batch.mask.to(device)
         return self.objective.losses(prediction, latents, draw, mask)

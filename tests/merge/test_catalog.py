@@ -131,3 +131,16 @@ def test_a_second_merge_of_an_unchanged_catalog_reads_no_record(tmp_path: Path) 
     for file in (catalog.path / "parts").iterdir():
         file.write_bytes(b"")  # whoever reads a record now, fails
     assert merge_tags(config) == first
+
+
+def test_categories_of_tags_are_written_beside_the_metadata(tmp_path: Path) -> None:
+    """Training can then drop tags by category; tags in the form in which they are compared."""
+    rows = [
+        {"key": "a", "tags": {"artist": ["Some_Artist"], "general": ["long hair", "Long_Hair"]}, "image": "x.png"},
+        {"key": "b", "tags": {"character": ["x_(y)"], "": ["nobody told"]}, "image": "y.png"},
+    ]
+    catalog = catalog_of(tmp_path, [[{"caption": None, **row} for row in rows]])
+    merge_tags(MergeTagsConfig(source=catalog.path, out=tmp_path / "m.json"))
+    assert json.loads((tmp_path / "tag_categories.json").read_bytes()) == {
+        "artist": ["some_artist"], "character": ["x_(y)"], "general": ["long_hair"],
+    }  # fmt: skip
