@@ -238,8 +238,9 @@ class Conversion:
         if self._has("resolution"):
             sides = [int(_number("resolution", side)) for side in self._text("resolution").split(",")]
             self._set("resolution", "latents.resolution_px", math.isqrt(sides[0] * sides[-1]))
-        if "in_json" not in self.given:
+        if not self._has("in_json"):  # the latents are yet to be made, with all that training needs of them
             self.values["latents.max_bucket_px"] = self._text("max_bucket_reso")
+            self.values |= {f"latents.{name}": True for name in ("flip_aug", "alpha_mask") if self._has(name)}
         if self._has("sample_prompts"):
             self.values |= {"train.sample_inference_steps": 30, "train.sample_size_px": 512}
         if not self._has("seed"):

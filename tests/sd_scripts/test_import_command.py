@@ -208,12 +208,13 @@ def test_processes_of_the_launcher_count(tmp_path: Path) -> None:
 
 
 def test_without_cached_latents_it_becomes_a_job(tmp_path: Path) -> None:
-    text = MINIMAL.replace("--in_json=i.json", "--resolution=1024,1024 --min_bucket_reso=512 --cache_latents")
+    text = MINIMAL.replace("--in_json=i.json", "--resolution=1024,1024 --min_bucket_reso=512 --flip_aug")
     told = imported(tmp_path, text)
     job = check(JobConfig, tomllib.loads(as_toml(told, source="x")), where="test")
     assert told.kind == "job" and job.source.path == Path("d")
     assert (job.latents.resolution_px, job.latents.min_bucket_px, job.latents.max_bucket_px) == (1024, 512, 1024)
     assert job.latents.vae == job.train.base_model == "m.safetensors"
+    assert job.latents.flip_aug and job.train.flip_aug and not job.latents.alpha_mask
 
 
 @pytest.mark.parametrize(
