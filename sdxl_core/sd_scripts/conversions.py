@@ -230,6 +230,8 @@ class Conversion:
         self._set("caption_separator", "train.caption_separator", ", " if separator.strip() == "," else separator)
         if self._has("max_token_length"):
             self._set("max_token_length", "train.max_token_length", int(self._number("max_token_length")))
+        if self._has("enable_wildcard"):
+            self.values["train.caption_line"] = "random"  # there one switch does both
         if self._has("v_parameterization"):
             self._set("v_parameterization", "train.prediction_type", "v_prediction")
         for name in ("masked_loss", "alpha_mask"):

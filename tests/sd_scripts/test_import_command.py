@@ -179,6 +179,11 @@ def test_what_is_left_unsaid_is_sd_scripts_default(tmp_path: Path) -> None:
         ("--loss_type=huber --huber_schedule=constant --huber_c=0.2",
          {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.2}),
         ("--caption_separator=';'", {"caption_separator": ";"}),
+        ("--enable_wildcard --keep_tokens_separator='|||' --caption_prefix='best quality,' --token_warmup_step=0.5",
+         {"enable_wildcard": True, "caption_line": "random", "keep_tokens_separator": "|||",
+          "caption_prefix": "best quality,", "token_warmup_step": 0.5}),
+        ("--caption_tag_dropout_rate=0.1 --caption_dropout_every_n_epochs=4 --weighted_captions",
+         {"caption_tag_dropout_rate": 0.1, "caption_dropout_every_n_epochs": 4, "weighted_captions": True}),
     ],
 )  # fmt: skip
 def test_values_are_translated(tmp_path: Path, words: str, expected: dict[str, Any]) -> None:
