@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 MAX_SHAPES = 256  # that are compiled for; torch gives up after 8 unless told otherwise
 FLIPPED = b"/flipped"  # added to a picture's digest, it keys the noise of the mirrored picture
 
-# [B, 3, h, w] in [-1, 1], channels last, to the posterior's mean and logarithm of variance, each [B, 4, h / 8, w / 8].
+# uint8 [B, h, w, 3] to the posterior's mean and logarithm of variance, each [B, 4, h / 8, w / 8] in any precision.
 EncodeFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 # (vae, dtype, device) to a function that computes there.
 LoadFunction = Callable[[str, str, torch.device], EncodeFunction]
@@ -30,8 +30,9 @@ def load_encoder(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
     """
     module: Any = load_vae(vae, dtype=DTYPES[dtype]).to(device).to(memory_format=torch.channels_last)
 
-    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = module.encode(images).latent_dist
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        images = pixels.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
+        posterior = module.encode(images.to(DTYPES[dtype], memory_format=torch.channels_last)).latent_dist
         return posterior.mean, posterior.logvar
 
     return encode

@@ -257,7 +257,7 @@ def with_vae(monkeypatch: Any, change: Callable[[torch.Tensor, torch.Tensor, str
         encode = load_encoder(vae, "float32", device)
 
         def changed(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean, logvar = encode(images.float())
+            mean, logvar = encode(images)
             return change(images, mean.clone(), dtype), logvar
 
         return changed

@@ -160,9 +160,9 @@ def test_a_vae_that_gives_nan_for_one_picture_costs_that_picture(make_job: Any, 
     def load(vae: str, dtype: str, device: torch.device) -> Any:
         whole = load_encoder(vae, "float32", device)
 
-        def nan_for_white(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            mean, logvar = whole(images.float())
-            white = (images.flatten(1) == 1).all(dim=1)
+        def nan_for_white(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mean, logvar = whole(pixels)
+            white = (pixels.flatten(1) == 255).all(dim=1)
             return torch.where(white[:, None, None, None], torch.nan, mean), logvar
 
         return nan_for_white

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from sdxl_core.config import LatentsOptions
 from sdxl_core.latents.engine.clock import Clock
 from sdxl_core.latents.engine.prepare import Prepared
-from sdxl_core.latents.vae import DTYPES, EncodeFunction, LoadFunction, compiled
+from sdxl_core.latents.vae import EncodeFunction, LoadFunction, compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +33,35 @@ class Encoded:
     notes: tuple[str, ...]
 
 
+Staged = tuple[Tensor, Tensor]  # on the host, see `_stage`
+Span = tuple[str, torch.cuda.Event, torch.cuda.Event]
+
+
 @dataclass(slots=True)
 class Ticket:
-    """A batch under way. Until `ready` has happened, `values` and `finite` are being written to."""
+    """A batch on the device. Until `ready` has happened, `values` and `finite` are being written to."""
 
-    batch: Sequence[Prepared]
     values: Tensor
     finite: Tensor
     notes: list[str]
     ready: torch.cuda.Event | None
-    spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]
+    spans: list[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A batch under way."""
+
+    batch: Sequence[Prepared]
+    staged: Staged
+    ticket: Future[Ticket]
 
 
 class Device:
-    """One device and the VAE on it. `submit` batches, then `finish` them in the same order.
+    """One device and the VAE on it. `submit` batches, then `finish` them in the same order; close it with `with`.
 
     On a card, copying to it, computing and copying back have a stream each, so that while a batch is computed the next
-    one travels; `in_flight` batches keep it busy. On the CPU `submit` does everything.
+    one travels. On the CPU a thread computes. Either way `in_flight` batches keep it busy.
     """
 
     def __init__(
@@ -59,26 +73,34 @@ class Device:
         self._upload = torch.cuda.Stream(self._device) if on_card else None  # type: ignore[no-untyped-call]
         self._download = torch.cuda.Stream(self._device) if on_card else None  # type: ignore[no-untyped-call]
         self._limits: dict[tuple[int, int, str], int] = {}  # height, width, dtype: most pictures that fit
-        self.in_flight = 2 if on_card else 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self.in_flight = 2 if on_card else 1
 
-    @torch.inference_mode()
-    def submit(self, batch: Sequence[Prepared]) -> Ticket:
-        """Begin to encode a batch of one bucket. Raises: torch.OutOfMemoryError: a single picture does not fit."""
-        return self._encode(batch, self._options.dtype)
+    def __enter__(self) -> Self:
+        return self
 
-    @torch.inference_mode()
-    def finish(self, ticket: Ticket) -> Encoded:
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def submit(self, batch: Sequence[Prepared]) -> Job:
+        """Begin to encode a batch of one bucket."""
+        with self._clock.working("transfer"):
+            staged = _stage(batch, pinned=self._upload is not None)
+        return Job(batch, staged, self._thread.submit(self._encode, staged, self._options.dtype))
+
+    def finish(self, job: Job) -> Encoded:
         """Wait for a batch; one that overflowed in half precision is encoded again in float32.
 
         Raises: torch.OutOfMemoryError: a single picture does not fit.
         """
+        ticket = job.ticket.result()
         self._wait(ticket)
+        notes = ticket.notes
         if self._options.dtype != "float32" and not ticket.finite.all():
-            again = self._encode(ticket.batch, "float32")
-            self._wait(again)
-            ticket.values, ticket.finite = again.values, again.finite
-            ticket.notes += ["float32", *again.notes]
-        return Encoded(ticket.values, tuple(ticket.finite.tolist()), tuple(ticket.notes))
+            ticket = self._thread.submit(self._encode, job.staged, "float32").result()
+            self._wait(ticket)
+            notes = [*notes, "float32", *ticket.notes]
+        return Encoded(ticket.values, tuple(ticket.finite.tolist()), tuple(notes))
 
     def _wait(self, ticket: Ticket) -> None:
         if ticket.ready is not None:
@@ -87,46 +109,47 @@ class Device:
                 self._clock.add(stage, first.elapsed_time(last) / 1000)
             ticket.ready = None
 
-    def _encode(self, batch: Sequence[Prepared], dtype: str) -> Ticket:
-        """One ticket for the batch, in as many pieces as the memory asks for."""
-        height, width = batch[0].pixels.shape[:2]
-        limit = self._limits.get((height, width, dtype), len(batch))
-        if len(batch) <= limit:
+    @torch.inference_mode()
+    def _encode(self, staged: Staged, dtype: str) -> Ticket:
+        """One ticket for the batch, in as many pieces as the memory asks for. Runs on the device's thread."""
+        pixels, noise = staged
+        size, height, width = pixels.shape[:3]
+        limit = self._limits.get((height, width, dtype), size)
+        if size <= limit:
             try:
-                return self._send(batch, dtype)
+                return self._send(staged, dtype)
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
+                if size == 1:
                     raise
-                limit = self._limits[height, width, dtype] = len(batch) // 2
+                limit = self._limits[height, width, dtype] = size // 2
             if self._device.type == "cuda":  # outside the handler, whose traceback holds on to tensors
                 torch.cuda.synchronize(self._device)
                 torch.cuda.empty_cache()
-        pieces = [self._encode(batch[start : start + limit], dtype) for start in range(0, len(batch), limit)]
+        parts = [slice(start, start + limit) for start in range(0, size, limit)]
+        pieces = [self._encode((pixels[part], noise[:, part]), dtype) for part in parts]
         for piece in pieces:
             self._wait(piece)
         values = torch.cat([piece.values for piece in pieces], dim=1)
         finite = torch.cat([piece.finite for piece in pieces])
         notes = ["halved", *(note for piece in pieces for note in piece.notes if note != "halved")]
-        return Ticket(batch, values, finite, notes, None, [])
+        return Ticket(values, finite, notes, None, [])
 
-    def _send(self, batch: Sequence[Prepared], dtype: str) -> Ticket:
+    def _send(self, staged: Staged, dtype: str) -> Ticket:
         """Copy there, compute, copy back; on a card all of it is only queued."""
         encode = self._load(self._options.vae, dtype, self._device)
-        if self._options.compile and len(batch) == self._batch_size and dtype == self._options.dtype:
+        if self._options.compile and len(staged[0]) == self._batch_size and dtype == self._options.dtype:
             encode = compiled(encode)
-        spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        with self._clock.working("transfer"):
-            staged = _stage(batch, pinned=self._upload is not None)
+        spans: list[Span] = []
         with self._span("transfer", self._upload, spans):
             pixels, noise = (tensor.to(self._device, non_blocking=True) for tensor in staged)
         self._after(self._upload, None, pixels, noise)
         with self._span("vae", None, spans):
-            values, finite = _compute(encode, pixels, noise, DTYPES[dtype], self._options)
+            values, finite = _compute(encode, pixels, noise, self._options)
         self._after(None, self._download, values, finite)
         with self._span("transfer", self._download, spans):
             host = [self._to_host(tensor) for tensor in (values, finite)]
         ready = spans[-1][2] if spans else None
-        return Ticket(batch, host[0], host[1], [], ready, spans)
+        return Ticket(host[0], host[1], [], ready, spans)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         if self._download is None:
@@ -145,9 +168,7 @@ class Device:
         for tensor in tensors:
             tensor.record_stream(later)
 
-    def _span(
-        self, stage: str, stream: torch.cuda.Stream | None, spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]
-    ) -> AbstractContextManager[object]:
+    def _span(self, stage: str, stream: torch.cuda.Stream | None, spans: list[Span]) -> AbstractContextManager[object]:
         """Measure a stage: on the CPU its time here, on a card the time between two events on the stream."""
         if self._device.type != "cuda":
             return self._clock.working(stage)
@@ -157,9 +178,7 @@ class Device:
 class _Span:
     """Queue the block's work on a stream (None: the one that computes), between two events."""
 
-    def __init__(
-        self, stage: str, stream: torch.cuda.Stream | None, spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]
-    ) -> None:
+    def __init__(self, stage: str, stream: torch.cuda.Stream | None, spans: list[Span]) -> None:
         self._stage, self._spans = stage, spans
         self._context: AbstractContextManager[object] = nullcontext() if stream is None else torch.cuda.stream(stream)
         self._first, self._last = (
@@ -189,17 +208,12 @@ def _stage(batch: Sequence[Prepared], *, pinned: bool) -> tuple[Tensor, Tensor]:
     return pixels, noise
 
 
-def _compute(
-    encode: EncodeFunction, pixels: Tensor, noise: Tensor, dtype: torch.dtype, options: LatentsOptions
-) -> tuple[Tensor, Tensor]:
+def _compute(encode: EncodeFunction, pixels: Tensor, noise: Tensor, options: LatentsOptions) -> tuple[Tensor, Tensor]:
     """uint8 [B, h, w, 3] to float32 [k, B, 4, h / 8, w / 8] as in `Encoded`, and bool [B]."""
-    images = pixels.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
-    images = images.to(dtype, memory_format=torch.channels_last)
-    mean, logvar = encode(images)
+    mean, logvar = encode(pixels)
     values = [mean.float(), logvar.float()] if options.logvar else [_sample(mean, logvar, noise[0])]
     if options.flip_aug:
-        mirrored = images.flip(3).contiguous(memory_format=torch.channels_last)
-        values.append(_sample(*encode(mirrored), noise[1]))
+        values.append(_sample(*encode(pixels.flip(2)), noise[1]))
     stacked = torch.stack(values)
     return stacked, torch.isfinite(stacked).all(dim=0).flatten(1).all(dim=1)
 

@@ -22,7 +22,7 @@ from sdxl_core.images.decode import BadPicture
 from sdxl_core.latents.engine.batch_size import settled_batch_size
 from sdxl_core.latents.engine.batches import batches_of
 from sdxl_core.latents.engine.clock import Clock
-from sdxl_core.latents.engine.device import Device, Encoded, Ticket
+from sdxl_core.latents.engine.device import Device, Encoded, Job
 from sdxl_core.latents.engine.feed import Feed, Outcome
 from sdxl_core.latents.engine.heap import keep_freed_memory
 from sdxl_core.latents.engine.prepare import Prepared, prepare
@@ -79,22 +79,22 @@ class Engine:
         keep_freed_memory()
         batch_size = settled_batch_size(self._config, self._device, self._load)
         clock = Clock(self._threads)
-        device = Device(self._config, self._device, self._load, batch_size=batch_size, clock=clock)
         ahead = 3 * self._threads + 2 * batch_size
         prepare_one = partial(prepare, table=self._table, options=self._config)
         with (
             Writer(commit, clock) as writer,
             Feed(groups, prepare_one, threads=self._threads, ahead=ahead, clock=clock) as feed,
+            Device(self._config, self._device, self._load, batch_size=batch_size, clock=clock) as device,
         ):
             self._run(feed, device, writer, batch_size)
         return clock.report(num_encoded=writer.num_encoded, num_rejected=writer.num_rejected)
 
     def _run(self, feed: Feed, device: Device, writer: Writer, batch_size: int) -> None:
-        under_way: deque[tuple[_Group, Ticket]] = deque()
+        under_way: deque[tuple[_Group, Job]] = deque()
 
         def finish_one() -> None:
-            group, ticket = under_way.popleft()
-            self._keep(group, ticket.batch, device.finish(ticket))
+            group, job = under_way.popleft()
+            self._keep(group, job.batch, device.finish(job))
             group.open_batches -= 1
             if group.is_read and not group.open_batches:
                 writer.put(group.done())

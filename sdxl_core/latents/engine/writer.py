@@ -11,8 +11,6 @@ from typing import Self
 from sdxl_core.latents.engine.clock import Clock
 from sdxl_core.latents.engine.records import EncodedGroup
 
-MAX_WAITING = 2  # groups; 512 pictures of 1024 px are 134 MB of latents
-
 
 class Writer:
     """Commits groups in the order they were put. Leaving the block waits for all of them."""
@@ -20,7 +18,7 @@ class Writer:
     def __init__(self, commit: Callable[[EncodedGroup], None], clock: Clock) -> None:
         self.num_encoded = self.num_rejected = 0
         self._commit, self._clock = commit, clock
-        self._groups: queue.Queue[EncodedGroup | None] = queue.Queue(MAX_WAITING)
+        self._groups: queue.Queue[EncodedGroup | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write_all, name="write", daemon=True)
 
@@ -37,15 +35,17 @@ class Writer:
             raise self._error
 
     def put(self, group: EncodedGroup) -> None:
-        """Hand a group over; waits while others are waiting. Raises: what a commit before it raised."""
+        """Hand a group over once the one before it is committed, so that a crash costs that one and no more.
+
+        Raises: what a commit before it raised.
+        """
+        self._groups.join()
         if self._error is not None:
             raise self._error
         self._groups.put(group)
 
     def _write_all(self) -> None:
         while (group := self._groups.get()) is not None:
-            if self._error is not None:
-                continue  # what was encoded behind a commit that failed is not committed
             try:
                 with self._clock.working("write"):
                     self._commit(group)
@@ -54,3 +54,5 @@ class Writer:
             else:
                 self.num_encoded += len(group.pictures)
                 self.num_rejected += len(group.rejected)
+            finally:
+                self._groups.task_done()

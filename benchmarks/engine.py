@@ -1,0 +1,147 @@
+"""The engine with a device of a set speed, and against the loop that people ran, in one run.
+
+    python -m benchmarks.engine [--pictures 64] [--out benchmarks/engine.md]
+
+The device is a stand-in that sleeps for each picture; everything before and after it is real: 4 MP webp files are read,
+decoded, fitted, batched, and `.npz` files are written and synced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.made_pictures import made_file
+from benchmarks.measure import machine
+from benchmarks.rival_loop import rival_loop
+from sdxl_core.buckets import BucketTable
+from sdxl_core.catalog.images import ImagePlace
+from sdxl_core.config import CacheLatentsConfig
+from sdxl_core.files import sync_files
+from sdxl_core.latents.engine import EncodedGroup, Engine, EngineReport, Picture
+from sdxl_core.latents.formats import write_per_image
+from sdxl_core.latents.vae import EncodeFunction, LoadFunction, load_encoder
+
+SIZES = [(1712, 2400), (2400, 1712), (2024, 2024)]
+COMMIT_SIZE = 32
+
+
+def sleeper(seconds: float) -> LoadFunction:
+    """A device that takes `seconds` a picture and none of this machine's cores."""
+
+    def load(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
+        def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            time.sleep(seconds * len(pixels))
+            mean = torch.zeros((len(pixels), 4, pixels.shape[1] // 8, pixels.shape[2] // 8))
+            return mean, mean
+
+        return encode
+
+    return load
+
+
+def run(config: CacheLatentsConfig, paths: list[Path], load: LoadFunction) -> tuple[EngineReport, float]:
+    """The report, and the milliseconds of cpu a picture that the calling thread took."""
+    pictures = [Picture(p.stem, ImagePlace(p, p.name, 0, p.stat().st_size, False)) for p in paths]
+    groups = [(n, pictures[s : s + COMMIT_SIZE]) for n, s in enumerate(range(0, len(pictures), COMMIT_SIZE))]
+
+    def commit(group: EncodedGroup) -> None:
+        files = [config.out / f"{item.picture.key}.npz" for item in group.pictures]
+        for file, item in zip(files, group.pictures, strict=True):
+            write_per_image(file, item.record)
+        sync_files(files)
+
+    before = time.thread_time()
+    report = Engine(config, "cpu", load=load).run(groups, commit)
+    return report, 1000 * (time.thread_time() - before) / len(paths)
+
+
+def rival_rate(config: CacheLatentsConfig, paths: list[Path], load: LoadFunction) -> float:
+    """Pictures a second of the loop."""
+    encode = load("tiny", "float32", torch.device("cpu"))
+
+    def sample(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            mean, logvar = encode(pixels)
+        return mean + torch.exp(logvar / 2) * torch.randn_like(mean)
+
+    started = time.perf_counter()
+    rival_loop(paths, BucketTable.from_options(config), sample, config.out)
+    return len(paths) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        paths = []
+        for number in range(arguments.pictures):
+            paths.append(root / f"{number:04}.webp")
+            first = number % 12  # drawing a picture costs more than reading one
+            data = made_file("webp", *SIZES[first % 3], first) if number < 12 else paths[first].read_bytes()
+            paths[-1].write_bytes(data)
+        config = CacheLatentsConfig(source=root, metadata=root, out=root / "out", devices="cpu", compat="sd-scripts")
+        config.out.mkdir()
+        text = measured(config, paths, arguments.rounds)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+def measured(config: CacheLatentsConfig, paths: list[Path], rounds: int) -> str:
+    torch.set_num_threads(1)  # the stand-in needs none; a VAE on the cpu would fight with decoding for two cores
+    run(config, paths[:16], sleeper(0))  # warm up
+    decode = statistics.median(run(config, paths[:64], sleeper(0))[0].images_per_s for _ in range(rounds))
+    lines = [
+        f"{len(paths)} webp files of 4 MP, buckets of 1024 px squared, batch 4, commit groups of {COMMIT_SIZE}, "
+        f"{rounds} rounds, medians. Decoding alone gives {decode:.1f} images/s.",
+        "", "| device | images/s | device busy | decode busy | bound by | calling thread, cpu ms a picture |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, speed in [("60 % of the decode rate", 0.6), ("four times the decode rate", 4.0)]:
+        found = [run(config, paths, sleeper(1 / (speed * decode))) for _ in range(rounds)]
+        report, own_ms = sorted(found, key=lambda pair: pair[0].images_per_s)[len(found) // 2]
+        lines.append(
+            f"| {name}: {speed * decode:.1f}/s | {report.images_per_s:.1f} | {report.busy['vae']:.1%} | "
+            f"{report.busy['decode']:.1%} | {report.bound_by} | {own_ms:.2f} |"
+        )
+        print(lines[-1], flush=True)
+    lines += ["", "| device | the loop, images/s | the engine | ratio |", "|---|---|---|---|"]
+    contenders: list[tuple[str, LoadFunction, list[Path]]] = [
+        ("60 % of the decode rate", sleeper(1 / (0.6 * decode)), paths[:64]),
+        ("no time at all", sleeper(0), paths[:64]),
+        ("tiny VAE on the cpu", load_encoder, paths[:16]),
+    ]
+    for name, load, some in contenders:
+        theirs, ours = _both(
+            lambda load=load, some=some: rival_rate(config, some, load),  # type: ignore[misc]
+            lambda load=load, some=some: run(config, some, load)[0].images_per_s,  # type: ignore[misc]
+            rounds,
+        )
+        lines.append(f"| {name} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.2f} x |")
+        print(lines[-1], flush=True)
+    lines += ["", "| pictures | images/s, device at no time |", "|---|---|"]
+    for share in (16, 4, 1):
+        some = paths[: max(4, len(paths) // share)]
+        lines.append(f"| {len(some)} | {run(config, some, sleeper(0))[0].images_per_s:.1f} |")
+    return "\n".join([*lines, "", machine(), ""])
+
+
+def _both(theirs: Callable[[], float], ours: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """Medians of alternating runs."""
+    rates = [(theirs(), ours()) for _ in range(rounds)]
+    return statistics.median(rate[0] for rate in rates), statistics.median(rate[1] for rate in rates)
+
+
+if __name__ == "__main__":
+    main()
