@@ -15,20 +15,6 @@ CODE = (
 def test_the_benchmark_for_cards_runs_on_the_cpu_with_the_tiny_preset(tmp_path: Path) -> None:
     words = "--preset tiny --device cpu --dtype float32 --pictures 4 --rounds 1 --batch-size 2"
     options = [*words.split(), "--out"]
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--pictures",
-        "4",
-        "--rounds",
-        "1",
-        "--batch-size",
-        "2",
-        "--out",
-    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CODE, *options, str(tmp_path / "told.md")],
