@@ -25,6 +25,7 @@ from sdxl_core.config import (
     StatisticsConfig,
     SubsetConfig,
     TrainConfig,
+    TrainOptions,
     VerifyLatentsConfig,
 )
 from sdxl_core.config.convert import ConvertModelConfig
@@ -149,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         add_options(command, stage.config, leave_out=("path",))
     add_translations(commands, _command)
+    _add_plan(commands)
     _add_lineage(commands)
     _add_show_captions(commands)
     _add_service(commands)
@@ -156,6 +158,42 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "doctor", "what is installed, which GPUs, does bitsandbytes work here, what to do if not", _doctor
     )
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _command(commands, "plan", "the memory a training run needs, by component, before anything is loaded", _plan)
+    plan.add_argument("job", type=Path, nargs="?", metavar="JOB.toml", help="a job file")
+    plan.add_argument("--config", type=Path, metavar="TRAIN.toml", help="training parameters only")
+    plan.add_argument("--card-gb", type=float, metavar="GB", help="refuse what does not fit a card of this size (GiB)")
+    plan.add_argument("--width-px", type=int, default=1024, metavar="N", help="of the largest bucket (default: 1024)")
+    plan.add_argument("--height-px", type=int, default=1024, metavar="N", help="(default: 1024)")
+    _add_set(plan)
+    export = _command(commands, "export", "a saved training state as a model file", _export)
+    export.add_argument("state", type=Path, metavar="STATE", help="a folder such as OUT/state/step-00001000")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    export.add_argument("--ema", action="store_true", help="the average of the weights in place of the weights")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from sdxl_core.training.memory_plan import plan_text
+
+    if options.job is not None:
+        train = _read_job(options).train
+    else:
+        values = {} if options.config is None else read_toml(options.config)
+        values = {key: value for key, value in values.items() if key in TrainOptions.model_fields}
+        train = check(TrainOptions, apply_overrides(values, options.overrides), where="sdxl-flows plan")
+    card_bytes = None if options.card_gb is None else int(options.card_gb * 2**30)
+    print(plan_text(train, width_px=options.width_px, height_px=options.height_px, card_bytes=card_bytes))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sdxl_core.training.parts import save_checkpoint
+    from sdxl_core.training.state import read_generation
+
+    generation = read_generation(options.state)
+    file = save_checkpoint(generation, path=options.out, weights="ema" if options.ema else "weights")
+    print(f"step {generation.step} -> {file.path} ({file.num_bytes / 1e6:.1f} MB)")
 
 
 def _add_lineage(commands: Any) -> None:

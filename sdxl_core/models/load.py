@@ -123,6 +123,31 @@ def check_base_model(base_model: str) -> None:
     load_models(base_model, parts=(), dtype=torch.float32)
 
 
+def preset_of(base_model: str) -> Preset:
+    """Which of our configs a base model has, from its header alone.
+
+    Raises: ConfigError: nothing there.   CheckpointError: not SDXL.
+    """
+    if base_model == TINY:
+        return TINY
+    path = Path(base_model)
+    if path.is_dir():
+        shapes = _folder_weights(_subfolder(path, "unet")).shapes
+        preset = _preset_of_unet(shapes.get("conv_in.weight"), shapes.get("add_embedding.linear_1.weight"))
+    else:
+        shapes = WeightFile(path).shapes
+        preset = _preset_of_checkpoint(WeightFile(path))
+    if preset is None:
+        raise CheckpointError(f"{path}: not an SDXL model; it looks like {what_it_is(shapes)}.")
+    return preset
+
+
+def meta_module(part: Component, preset: Preset) -> Any:
+    """A component on the meta device: names, shapes and code without weights."""
+    with torch.device("meta"):
+        return _new_module(part, preset)
+
+
 def base_prediction(base_model: str) -> Prediction:
     """What a base model says it predicts, from its header or scheduler config alone. Raises: as `load_models`."""
     if base_model == TINY:

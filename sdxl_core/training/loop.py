@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError
 from sdxl_core.models import component_config
+from sdxl_core.models.load import preset_of
 from sdxl_core.refs import CheckpointRef
 from sdxl_core.training.batches import BatchMaker
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.guard import Guard
 from sdxl_core.training.heldout import HeldOut
 from sdxl_core.training.loss_average import LossAverage
+from sdxl_core.training.memory_plan import check_card, disk_needs
 from sdxl_core.training.optimizer import SlotOptimizer
 from sdxl_core.training.order import EpochPlan
 from sdxl_core.training.parallel import replicate, shard
@@ -30,7 +32,7 @@ from sdxl_core.training.previews import preview_paths, preview_steps, write_prev
 from sdxl_core.training.processes import StopSignal
 from sdxl_core.training.result import run_settings, write_result
 from sdxl_core.training.run_state import RunState
-from sdxl_core.training.saving import Saver, SaveTimes, remove_old_models
+from sdxl_core.training.saving import Saver, SaveTimes, check_disk, remove_old_models
 from sdxl_core.training.schedules import lr_schedule
 from sdxl_core.training.state import Snapshot, load_newest, read_generation, remove_partials
 from sdxl_core.training.stepping import Gathered, Stepper, StepResult
@@ -90,6 +92,7 @@ class Run:
         self.state = config.out / "state"
         self.total = config.max_train_epochs * plan.num_steps if config.max_train_epochs else config.max_train_steps
         self.settings = run_settings(config, training_set)
+        self._refuse_what_cannot_fit()
         generation = load_newest(self.state, settings=self.settings)
         self.models = load_trained_models(config, device=accelerator.device)
         self.denoiser: Denoiser = self.models.denoiser
@@ -120,6 +123,17 @@ class Run:
         self.time = self.stepper.time
         self.heldout = HeldOut(config, training_set, self.batches, total=self.total)
         self.preview_at = preview_steps(config, self.total, steps_per_epoch=plan.num_steps)
+
+    def _refuse_what_cannot_fit(self) -> None:
+        """Before anything is loaded. Raises: ConfigError: the card is too small.   DiskFullError."""
+        config, preset = self.config, preset_of(self.config.base_model)
+        if self.accelerator.device.type == "cuda":
+            largest = max(self.training_set.buckets, key=lambda size: size[0] * size[1])
+            card_bytes = torch.cuda.get_device_properties(self.accelerator.device).total_memory
+            check_card(config, preset, card_bytes=card_bytes, width_px=largest[0], height_px=largest[1])
+        if self.accelerator.is_main_process:
+            state_bytes, model_bytes = disk_needs(config, preset)
+            check_disk(self.state, state_bytes=state_bytes, model_bytes=model_bytes, keep=config.keep_states)
 
     def _divided(self) -> torch.nn.Module:
         if self.config.torch_compile:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sdxl_core.config import TrainConfig
+from sdxl_core.config import TrainConfig, TrainOptions
 from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.lineage import lineage_metadata
 from sdxl_core.models import (
@@ -78,7 +78,7 @@ def load_trained_models(config: TrainConfig, *, device: torch.device) -> Trained
     return TrainedModels(denoiser=Denoiser(**modules), groups=groups, preset=models.preset)
 
 
-def choose_trained(modules: Mapping[str, Any], config: TrainConfig, preset: Preset) -> None:
+def choose_trained(modules: Mapping[str, Any], config: TrainOptions, preset: Preset) -> None:
     """Give gradients to what trains, and to nothing else: parts and blocks with a rate, less what `freeze` names.
 
     Raises: ConfigError: a pattern that fits no weight, or nothing is left to train.

@@ -104,13 +104,6 @@ class RunState:
         self.guard.bad_steps = bad_steps
         return step
 
-    def num_bytes(self) -> int:
-        """What a saved state of this process takes on disk, about: optimizer states are as they are now."""
-        weights = sum(value.numel() * value.element_size() for value in self.weights.values())
-        states = self._updater.optimizer.state_tensors().values()
-        average = sum(value.numel() * 4 for value in self.weights.values()) if self.ema is not None else 0
-        return weights + average + sum(value.numel() * value.element_size() for value in states)
-
     def _check_names(self, totals: dict[str, int]) -> None:
         if totals != {name: piece.total for name, piece in self._updater.pieces.items()}:
             raise CheckpointError(

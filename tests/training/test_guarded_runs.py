@@ -1,0 +1,232 @@
+"""Runs that meet bad steps, update weights within the backward pass, average them, and are interrupted all the time."""
+
+import errno
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdxl_core.config import TrainConfig
+from sdxl_core.errors import ConfigError, DiskFullError, TrainingError
+from sdxl_core.training import loop, saving
+from sdxl_core.training.guard import WARM_UP_STEPS, Guard
+from sdxl_core.training.saving import Saver, SaveTimes
+from sdxl_core.training.state import Snapshot, load_newest, read_generation
+from sdxl_core.training.training_set import read_training_set
+
+Configure = Callable[..., TrainConfig]
+Train = Callable[..., bool]
+SMALL: dict[str, Any] = {"freeze": ["unet.down_blocks.*", "unet.up_blocks.*", "unet.*embedding*"]}
+
+
+def model(config: TrainConfig) -> dict[str, Tensor]:
+    return load_file(config.out / "model" / "last.safetensors")
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def elsewhere(config: TrainConfig, name: str, **changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate(config.model_dump() | {"out": config.out / name} | changes)
+
+
+def test_interrupted_at_20_random_steps_is_never_interrupted_bit_for_bit(config: Configure, train: Train) -> None:
+    """AdamW8bit, stochastic rounding, an average of the weights, caption dropout, accumulation, trained encoder."""
+    whole = config(
+        **SMALL, max_train_steps=24, train_batch_size=1, gradient_accumulation_steps=2, caption_dropout_rate=0.3,
+        ema_decay=0.9, ema_every_steps=3, learning_rate_te1=1e-4,
+    )  # fmt: skip
+    assert train(whole)
+    stops = sorted(np.random.default_rng(5).choice(np.arange(1, 24), size=20, replace=False).tolist())
+    broken = elsewhere(whole, "broken")
+    for done, stop in zip((0, *stops), stops, strict=False):
+        assert not train(broken, stop_at=stop - done)
+    assert train(broken)
+    assert_same(model(broken), model(whole))
+    ours, theirs = (read_generation(run.out / "state" / "step-00000024") for run in (broken, whole))
+    for file, tensors in theirs.tensors.items():
+        assert_same(dict(ours.tensors[file]), dict(tensors))
+
+
+def test_updates_within_the_backward_pass_are_the_same_updates(config: Configure, train: Train) -> None:
+    after = config(max_train_steps=3, max_grad_norm=0.0, learning_rate_te2=1e-4, gradient_checkpointing="blocks")
+    within = elsewhere(after, "within", fused_backward=True)
+    assert train(after) and train(within)
+    assert_same(model(within), model(after))
+
+
+def test_fused_updates_need_one_process_and_no_accumulation(config: Configure) -> None:
+    for wrong in ({"num_processes": 2}, {"gradient_accumulation_steps": 2}):
+        with pytest.raises(ValueError, match="fused_backward updates weights during the backward pass"):
+            config(fused_backward=True, **wrong)
+
+
+def run_with_bad_gradient(config: TrainConfig, *, at_backward: int | None, known_bad: list[int]) -> dict[str, Tensor]:
+    """A run in which one weight's gradient is NaN in one backward pass. Returns the last saved weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        training_set = read_training_set(config)
+        run = loop.Run(config, loop.make_accelerator(config), training_set, training_set.plan(config))
+        run.guard.bad_steps = known_bad
+        count = 0
+
+        def spoil(gradient: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return gradient * (math.nan if count - 1 == at_backward else 1.0)
+
+        run.denoiser.unet.conv_out.weight.register_hook(spoil)
+
+        class Never:
+            received = False
+
+        assert run.to_the_end(Never())  # type: ignore[arg-type]
+        run.accelerator.end_training()
+        generation = load_newest(run.state, settings=run.settings)
+        assert generation is not None and generation.step == config.max_train_steps
+        assert generation.scalars["guard"]["bad_steps"] == [3]
+        return dict(generation.tensors["weights"])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_fused_run_goes_back_behind_a_bad_gradient_and_leaves_its_step_out(
+    config: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Step 3 is bad: back to the copy of step 2, step 2 again, step 3 left out; as if it had been known."""
+    options = {**SMALL, "fused_backward": True, "max_bad_steps": 1, "snapshot_every_steps": 2, "ema_decay": 0.9}
+    met = config(**options, max_train_steps=6)
+    with caplog.at_level(logging.WARNING):
+        weights = run_with_bad_gradient(met, at_backward=3, known_bad=[])
+    assert "step 4: the loss or its gradient is not finite" in caplog.text and "seen on 'pic" in caplog.text
+    assert "Weights go back to step 2." in caplog.text
+    known = elsewhere(met, "known")
+    assert_same(weights, run_with_bad_gradient(known, at_backward=None, known_bad=[3]))
+
+
+def spoiled(make_latents: Callable[..., tuple[Path, Path]], folder: Path, **changes: Any) -> TrainConfig:
+    """A run over four pictures of which one holds NaN."""
+    metadata, latents = make_latents(folder, num_samples=4)
+    with np.load(latents / "pic02.npz") as file:
+        broken = dict(file)
+    broken["latents"][0, 0, 0] = np.nan
+    np.savez(latents / "pic02.npz", **broken)
+    values = {"metadata": metadata, "latents": latents, "out": folder / "run", "use_cpu": True, "max_train_steps": 8}
+    return TrainConfig.model_validate(values | SMALL | changes)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bad_steps_are_left_out_and_named_and_too_many_end_the_run(
+    train: Train, tmp_path: Path, make_latents: Callable[..., tuple[Path, Path]], fused: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    run = spoiled(make_latents, tmp_path, max_bad_steps=2, fused_backward=fused)
+    with caplog.at_level(logging.WARNING):
+        assert train(run)
+    assert caplog.text.count("'pic02' (loss nan)") == 2, "once an epoch"
+    assert all(value.isfinite().all() for value in model(run).values())
+    with pytest.raises(TrainingError, match=r"'pic02' \(loss nan\).*number 2 within 1000 steps"):
+        train(elsewhere(run, "strict", max_bad_steps=1))
+
+
+def test_a_spike_is_bad_once_there_is_an_average() -> None:
+    guard = Guard(max_bad_steps=3, spike_factor=5.0, metadata_name="meta_lat.json")
+    for _ in range(WARM_UP_STEPS):
+        assert not guard.fault({"a": 0.1}, watched=2.0, what="gradient norm")
+        guard.passed(2.0)
+    assert not guard.fault({"a": 0.1}, watched=9.9, what="gradient norm")
+    assert "a spike: gradient norm 10.1, 5.05 times" in guard.fault({"a": 0.1}, watched=10.1, what="gradient norm")
+    again = Guard(max_bad_steps=3, spike_factor=5.0, metadata_name="meta_lat.json")
+    again.load(guard.state())
+    assert again.state() == guard.state()
+
+
+def test_the_average_of_the_weights_is_what_it_says_and_can_be_exported(config: Configure, train: Train) -> None:
+    run = config(
+        **SMALL, max_train_steps=4, weights_dtype="float32", ema_decay=0.8, ema_every_steps=2, save_every_steps=1,
+        keep_states=9,
+    )  # fmt: skip
+    assert train(run)
+    states = {step: read_generation(run.out / "state" / f"step-{step:08d}") for step in range(1, 5)}
+    name = "unet.conv_out.weight"
+    base = loop.load_trained_models(run, device=torch.device("cpu")).denoiser.unet.conv_out.weight.detach()
+    expected = base
+    for step in (2, 4):
+        expected = 0.8**2 * expected + (1 - 0.8**2) * states[step].tensors["weights"][name]
+    torch.testing.assert_close(states[4].tensors["ema"][name], expected, rtol=1e-6, atol=1e-8)
+    file = loop.save_checkpoint(states[4], path=run.out / "ema.safetensors", weights="ema")
+    exported = load_file(file.path)
+    assert torch.equal(exported["model.diffusion_model.out.2.weight"], states[4].tensors["ema"][name])
+    frozen = "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"
+    assert torch.equal(exported[frozen], model(run)[frozen])
+
+
+def test_freezing_by_name(config: Configure, train: Train) -> None:
+    run = config(freeze=["unet.*attn*", "*bias"], max_train_steps=1)
+    assert train(run)
+    names = set(read_generation(run.out / "state" / "step-00000001").tensors["weights"])
+    assert "unet.conv_in.weight" in names and not [n for n in names if "attn" in n or n.endswith("bias")]
+    with pytest.raises(ConfigError, match=r"no weight is named like 'unet.nothing\*'"):
+        train(elsewhere(run, "wrong", freeze=["unet.nothing*"]))
+    with pytest.raises(ConfigError, match="leave nothing to train"):
+        train(elsewhere(run, "all", freeze=["*"]))
+
+
+def test_states_and_models_are_due_in_steps_and_epochs(config: Configure) -> None:
+    times = SaveTimes(config(save_every_steps=4, save_every_epochs=2), steps_per_epoch=5)
+    assert [step for step in range(1, 21) if times.state_is_due(step)] == [4, 8, 10, 12, 16, 20]
+    named = SaveTimes(config(save_model_every_epochs=2, save_model_every_steps=4), steps_per_epoch=5)
+    names = {step: named.model_name(step) for step in range(1, 21) if named.model_name(step)}
+    assert names == {
+        4: "last-step00000004.safetensors", 8: "last-step00000008.safetensors", 10: "last-000002.safetensors",
+        12: "last-step00000012.safetensors", 16: "last-step00000016.safetensors", 20: "last-000004.safetensors",
+    }  # fmt: skip
+    assert named.state_is_due(10), "a model is made from a state"
+    assert not SaveTimes(config(), steps_per_epoch=5).minutes_are_over()
+
+
+def test_minutes_and_models_on_the_way(config: Configure, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(
+        **SMALL, max_train_steps=5, save_every_minutes=1.0, keep_states=5, save_model_every_steps=1, keep_models=2
+    )
+    assert train(run)
+    assert sorted(path.name for path in (run.out / "model").iterdir()) == [
+        "last-step00000003.safetensors", "last-step00000004.safetensors", "last.safetensors",
+    ]  # fmt: skip
+    clock = iter(range(0, 10**9, 40))  # every look at it is 40 seconds later
+    monkeypatch.setattr(saving.time, "monotonic", lambda: float(next(clock)))
+    times = SaveTimes(run, steps_per_epoch=100)
+    assert [times.minutes_are_over(), times.minutes_are_over()] == [False, True]
+
+
+def test_what_goes_wrong_while_saving_is_raised_by_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sdxl_core.training.state.sha256_file", full)
+    saver = Saver(tmp_path, keep=2, rank=0, num_ranks=1)
+    saver.submit(Snapshot(step=1, settings={}, scalars={}, tensors={"weights": {"w": torch.zeros(2)}}))
+    with pytest.raises(DiskFullError, match="the disk is full"):
+        saver.wait()
+    saver.wait()
+
+
+def test_a_disk_that_cannot_hold_the_states_is_said_before_the_first_step(
+    config: Configure, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = saving.shutil.disk_usage("/")
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
+    run = config(max_train_steps=1)
+    with pytest.raises(DiskFullError, match=r"2 resumable states of 0\.0 GB and one more while it is written"):
+        train(run)
+    assert not list((run.out / "state").glob("step-*"))

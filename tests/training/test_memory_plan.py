@@ -1,0 +1,87 @@
+"""What a run needs, from shapes alone: at full size, where libraries' 32-bit counters and 24 GB cards are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_core.cli import main
+from sdxl_core.config import TrainOptions
+from sdxl_core.errors import ConfigError
+from sdxl_core.models.load import meta_module
+from sdxl_core.training.memory_plan import LIMIT_ELEMENTS, check_card, disk_needs, plan_memory
+from sdxl_core.training.optimizer import MIN_8BIT_ELEMENTS
+from sdxl_core.training.parallel import piece_of_shape
+
+GIB = 2**30
+SIZE = {"width_px": 1024, "height_px": 1024}
+EVERYTHING: dict[str, Any] = {"learning_rate_te1": 1e-6, "learning_rate_te2": 1e-6}
+
+
+def test_8bit_states_are_decided_by_the_whole_tensor() -> None:
+    """Divided among 4 processes, 104 of the U-Net's tensors are small enough to change sides by their piece's size."""
+    parameters = list(meta_module("unet", "sdxl").parameters())
+    assert sum(p.numel() for p in parameters) == 2_567_463_684
+    pieces = [piece_of_shape(tuple(p.shape), rank=0, num_ranks=4) for p in parameters]
+    flipping = [piece for piece in pieces if piece.total >= MIN_8BIT_ELEMENTS > piece.count]
+    assert len(flipping) == 104
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (8,), (1, 5, 5), (2, 2), (16, 4, 3, 3)])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+def test_pieces_are_those_of_torch_chunk(shape: tuple[int, ...], num_ranks: int) -> None:
+    whole = torch.arange(int(torch.tensor(shape).prod())).view(shape)
+    chunks = list(torch.chunk(whole, num_ranks)) + [whole[:0]] * num_ranks
+    for rank in range(num_ranks):
+        piece = piece_of_shape(shape, rank=rank, num_ranks=num_ranks)
+        assert torch.equal(whole.flatten()[piece.offset : piece.offset + piece.count], chunks[rank].flatten())
+
+
+def test_full_sdxl_fits_24_gb_on_one_card_and_on_four() -> None:
+    one = plan_memory(TrainOptions(fused_backward=True, **EVERYTHING), "sdxl", **SIZE)
+    assert one.card_bytes < 24 * GIB and one.largest_buffer < LIMIT_ELEMENTS
+    assert one.card["weights: U-Net"] == 2 * 2_567_463_684
+    four = plan_memory(TrainOptions(num_processes=4, parallel="fsdp", **EVERYTHING), "sdxl", **SIZE)
+    assert four.card_bytes < one.card_bytes and four.largest_buffer < LIMIT_ELEMENTS
+    assert four.card["gradients"] > one.card["gradients"]
+    assert one.num_trained == four.num_trained > 3_300_000_000
+    accumulating = plan_memory(TrainOptions(gradient_accumulation_steps=2, **EVERYTHING), "sdxl", **SIZE)
+    counted = ("weights: U-Net", "weights: text encoders", "gradients", "optimizer states")
+    assert 20.2e9 < sum(accumulating.card[name] for name in counted) < 20.6e9, "20.3 GB before activations"
+
+
+def test_what_cannot_fit_is_refused_with_the_cheapest_change() -> None:
+    large = TrainOptions(learning_rate_te1=1e-6, gradient_checkpointing="none")
+    with pytest.raises(ConfigError, match=r'fits: gradient_checkpointing = "blocks" \(2\d\.\d\d GB\)'):
+        check_card(large, "sdxl", card_bytes=24 * GIB, **SIZE)
+    with pytest.raises(ConfigError, match="No change of settings makes it fit"):
+        check_card(large.model_copy(update={"optimizer": "adamw"}), "sdxl", card_bytes=6 * GIB, **SIZE)
+
+
+def test_checkpointing_keeps_less_and_batches_keep_more() -> None:
+    def activations(**changes: Any) -> int:
+        plan = plan_memory(TrainOptions(base_model="tiny", **changes), "tiny", width_px=256, height_px=256)
+        return plan.card["activations (estimate)"]
+
+    kept = [activations(gradient_checkpointing=mode) for mode in ("none", "blocks", "all")]
+    assert kept[0] > kept[1] > kept[2] > 0
+    assert 1.9 < activations(train_batch_size=4, gradient_checkpointing="none") / kept[0] / 2 <= 2.0
+
+
+def test_the_disk_needed_is_what_a_state_takes(tmp_path: Path) -> None:
+    state, model = disk_needs(TrainOptions(base_model="tiny"), "tiny")
+    divided, _ = disk_needs(TrainOptions(base_model="tiny", num_processes=2, parallel="fsdp"), "tiny")
+    numel = sum(parameter.numel() for parameter in meta_module("unet", "tiny").parameters())
+    assert 4 * numel < state < 4.6 * numel, "bf16 weights and two 8-bit states, small ones in float32"
+    assert state <= divided < 1.05 * state and model > 2 * numel
+
+
+def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--set", "fused_backward=true", "--set", "base_model=tiny", "--card-gb", "24"])
+    printed = capsys.readouterr().out
+    assert "optimizer states" in printed and "together" in printed and "parameters train" in printed
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--set", "base_model=tiny", "--card-gb", "0.1"])
+    assert left.value.code == 2
+    assert "needs" in capsys.readouterr().err
