@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.latents import LatentStore
-from sdxl_core.models import component_config, time_ids, tokenize
+from sdxl_core.models import TokenIds, component_config, time_ids, tokenize
 from sdxl_core.training.caption_rules import caption_rules, plain_rules
 from sdxl_core.training.captions import caption_text
 from sdxl_core.training.latent_view import LatentView, view_of
@@ -145,6 +145,15 @@ class BatchMaker:
         """The text of a sample that is trained on at an optimizer step."""
         epoch, _ = position_of_step(self.plan, step)
         return caption_text(sample.sentence, sample.tags, self._rules, epoch=epoch, key=sample.key, step=step)
+
+    def plain_tokens(self) -> Iterator[TokenIds]:
+        """The tokens of each sample's caption, whole, and of the empty one, one at a time."""
+        texts = (caption_text(s.sentence, s.tags, self._plain_rules, epoch=0, key=s.key, step=0)
+                 for s in self.training_set.samples)  # fmt: skip
+        for text in chain([""], texts):
+            yield tokenize(
+                [text], max_token_length=self.config.max_token_length, weighted=self.config.weighted_captions
+            )
 
     def _part(self, batch: Indices, rank: int) -> Indices:
         return samples_of_rank(batch, rank=rank, num_processes=self.config.num_processes)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError
+from sdxl_core.files import digest_of
 from sdxl_core.models import component_config
 from sdxl_core.models.load import preset_of
 from sdxl_core.refs import CheckpointRef
@@ -36,6 +37,7 @@ from sdxl_core.training.saving import Saver, SaveTimes, check_disk, remove_old_m
 from sdxl_core.training.schedules import lr_schedule
 from sdxl_core.training.state import Snapshot, load_newest, read_generation, remove_partials
 from sdxl_core.training.stepping import Gathered, Stepper, StepResult
+from sdxl_core.training.text_outputs import TextOutputs
 from sdxl_core.training.training_set import TrainingSet, read_training_set
 from sdxl_core.training.updates import Updater
 from sdxl_core.training.watch import Watch, memory_gb
@@ -117,7 +119,7 @@ class Run:
         self.watch = Watch(config, accelerator, settings=self.settings, total=self.total)
         self.stepper = Stepper(
             model, self.updater, config=config, accelerator=accelerator, batches=self.batches, guard=self.guard,
-            ema=self.run_state.ema, save_is_due=self.save_times.minutes_are_over,
+            ema=self.run_state.ema, save_is_due=self.save_times.minutes_are_over, texts=self._text_outputs(),
             scaling_factor=float(component_config(self.models.preset, "vae")["scaling_factor"]),
         )  # fmt: skip
         self.time = self.stepper.time
@@ -134,6 +136,17 @@ class Run:
         if self.accelerator.is_main_process:
             state_bytes, model_bytes = disk_needs(config, preset)
             check_disk(self.state, state_bytes=state_bytes, model_bytes=model_bytes, keep=config.keep_states)
+
+    def _text_outputs(self) -> TextOutputs | None:
+        """Of frozen text encoders, computed by the first process where they are not there yet."""
+        config = self.config
+        if not config.cache_text_encoder_outputs:
+            return None
+        made_by = (self.settings["base_model"], config.max_token_length, config.weighted_captions, config.weights_dtype)
+        folder = config.out / "text_outputs" / digest_of(*map(str, made_by))[:16]
+        device = self.accelerator.device
+        self._on_main(lambda: TextOutputs(folder, self.denoiser).add(self.batches.plain_tokens(), device=device))
+        return TextOutputs(folder, self.denoiser)
 
     def _divided(self) -> torch.nn.Module:
         if self.config.torch_compile:

@@ -66,6 +66,8 @@ def sharded_modules(denoiser: nn.Module) -> list[nn.Module]:
     """
     parts: Any = denoiser
     blocks = [module for module in denoiser.modules() if type(module).__name__ in SHARDED_BLOCKS]
+    if not parts.holds_texts:
+        return [*blocks, parts.unet, denoiser]
     encoders = [getattr(encoder, "text_model", encoder) for encoder in (parts.text_encoder, parts.text_encoder_2)]
     norms = [encoder.final_layer_norm for encoder in encoders]
     return [*blocks, *norms, parts.text_encoder_2.text_projection, parts.unet, denoiser]

@@ -71,11 +71,18 @@ def load_trained_models(config: TrainConfig, *, device: torch.device) -> Trained
     for dtype in set(dtypes.values()):
         wanted = tuple(part for part in PARTS if dtypes[part] == dtype)
         models = load_models(config.base_model, parts=wanted, dtype=dtype)
-        modules |= {part: getattr(models, part).to(device) for part in wanted}
+        outside = wanted if config.cache_text_encoder_outputs else ()
+        modules |= {
+            part: getattr(models, part).to("cpu" if part in outside and part != "unet" else device) for part in wanted
+        }
     choose_trained(modules, config, models.preset)
     checkpoint_activations(modules, config)
     groups = parameter_groups(modules, config, models.preset)
-    return TrainedModels(denoiser=Denoiser(**modules), groups=groups, preset=models.preset)
+    return TrainedModels(
+        denoiser=Denoiser(**modules, holds_texts=not config.cache_text_encoder_outputs),
+        groups=groups,
+        preset=models.preset,
+    )
 
 
 def choose_trained(modules: Mapping[str, Any], config: TrainOptions, preset: Preset) -> None:

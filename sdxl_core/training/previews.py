@@ -61,6 +61,7 @@ def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: Prompt, *, number:
     texts = [prompt.negative, prompt.text]
     tokens = tokenize(texts, max_token_length=config.max_token_length, weighted=config.weighted_captions).to(device)
     prompt_embeds, pooled = encode_prompts(denoiser.text_encoder, denoiser.text_encoder_2, tokens)
+    prompt_embeds, pooled = prompt_embeds.to(device), pooled.to(device)  # the encoders may be elsewhere
     size = torch.tensor([[prompt.height_px, prompt.width_px]] * 2, device=device)  # of the negative and of this one
     ids = time_ids(original_size=size, crop_top_left=torch.zeros_like(size), target_size=size)
     generator = torch_generator("preview", prompt.seed, number)

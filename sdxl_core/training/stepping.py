@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdxl_core.config import TrainConfig
+from sdxl_core.models import TokenIds
 from sdxl_core.training.batches import BatchMaker, MicroBatch
 from sdxl_core.training.ema import Ema
 from sdxl_core.training.guard import Guard
 from sdxl_core.training.objectives import Objective
 from sdxl_core.training.parallel import gradient_norm, without_exchange
 from sdxl_core.training.processes import StopSignal
+from sdxl_core.training.text_outputs import TextOutputs
 from sdxl_core.training.updates import Updater
 from sdxl_core.training.watch import Stopwatch
 
@@ -64,8 +66,13 @@ class Stepper:
         ema: Ema | None,
         scaling_factor: float,
         save_is_due: Callable[[], bool],
+        texts: TextOutputs | None = None,
     ) -> None:
-        """`scaling_factor`: of the latents.   save_is_due: does this process want a state saved now?"""
+        """`scaling_factor`: of the latents.   save_is_due: does this process want a state saved now?
+
+        texts: the captions' encodings, where they are known.
+        """
+        self.texts = texts
         self.model, self.updater, self.config, self.accelerator = model, updater, config, accelerator
         self.batches, self.guard, self.ema, self.save_is_due = batches, guard, ema, save_is_due
         self.scaling_factor = scaling_factor
@@ -146,6 +153,11 @@ class Stepper:
         device = self.accelerator.device
         latents = batch.latents.to(device) * self.scaling_factor
         draw = batch.draw.to(device)
+        encoded = None
+        if self.texts is not None:
+            tokens = TokenIds(clip_l=batch.clip_l, clip_g=batch.clip_g, weights=batch.token_weights)
+            embeds, pooled = self.texts.of(tokens)
+            encoded = (embeds.to(device), pooled.to(device))
         with self.accelerator.autocast() if self.mixed else contextlib.nullcontext():
             prediction = self.model(
                 self.objective.noisy(latents, draw),
@@ -154,6 +166,7 @@ class Stepper:
                 batch.clip_g.to(device),
                 batch.time_ids.to(device),
                 None if batch.token_weights is None else batch.token_weights.to(device),
+                encoded,
             )
         mask = None if batch.mask is None else batch.mask.to(device)
         return self.objective.losses(prediction, latents, draw, mask)

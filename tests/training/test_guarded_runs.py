@@ -18,6 +18,7 @@ from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError, DiskFullError, TrainingError
 from sdxl_core.training import loop, saving
 from sdxl_core.training.guard import WARM_UP_STEPS, Guard
+from sdxl_core.training.result import read_result
 from sdxl_core.training.saving import Saver, SaveTimes
 from sdxl_core.training.state import Snapshot, load_newest, read_generation
 from sdxl_core.training.training_set import read_training_set
@@ -180,6 +181,29 @@ def test_freezing_by_name(config: Configure, train: Train) -> None:
         train(elsewhere(run, "wrong", freeze=["unet.nothing*"]))
     with pytest.raises(ConfigError, match="leave nothing to train"):
         train(elsewhere(run, "all", freeze=["*"]))
+
+
+def test_cached_text_outputs_train_as_the_encoders_do(config: Configure, train: Train) -> None:
+    """Dropped captions and previews included; the second start encodes nothing, and changing captions are refused."""
+    encoded = config(
+        **SMALL, max_train_steps=4, caption_dropout_rate=0.3, weights_dtype="float32", mixed_precision="no",
+        sample_prompts=["a boat"], sample_size_px=64, sample_inference_steps=1, optimizer="adamw", learning_rate=1e-4,
+    )  # fmt: skip
+    cached = elsewhere(encoded, "cached", cache_text_encoder_outputs=True)
+    assert train(encoded) and train(cached)
+    for name, value in model(encoded).items():
+        torch.testing.assert_close(model(cached)[name], value, rtol=0, atol=2e-5, msg=name)
+    losses = [read_result(run.model_copy(update={"use_cpu": True})) for run in (encoded, cached)]
+    assert losses[0] and losses[1] and losses[0].final_avr_loss == pytest.approx(losses[1].final_avr_loss, rel=1e-5)
+    (part,) = (cached.out / "text_outputs").glob("*/part-*.safetensors")
+    assert len(load_file(part)["keys"]) == 11, "ten captions and the empty one"
+    written = part.stat().st_mtime_ns
+    assert train(elsewhere(encoded, "cached", cache_text_encoder_outputs=True, max_train_steps=5))
+    assert part.stat().st_mtime_ns == written and len(list(part.parent.iterdir())) == 1
+    with pytest.raises(ValueError, match="shuffle_caption makes new captions each epoch"):
+        config(cache_text_encoder_outputs=True, shuffle_caption=True)
+    with pytest.raises(ValueError, match="a text encoder that trains has no outputs to keep"):
+        config(cache_text_encoder_outputs=True, learning_rate_te1=1e-5)
 
 
 def test_states_and_models_are_due_in_steps_and_epochs(config: Configure) -> None:

@@ -31,8 +31,17 @@ class TrainOptions(  # pydantic lists the fields of the last base first: so form
     def cached_texts_are_frozen(self) -> TrainOptions:
         if self.cache_text_encoder_outputs and (self.learning_rate_te1 or self.learning_rate_te2):
             raise ValueError("cache_text_encoder_outputs: a text encoder that trains has no outputs to keep")
-        if self.cache_text_encoder_outputs and self.shuffle_caption:
-            raise ValueError("cache_text_encoder_outputs: shuffle_caption makes new captions each epoch")
+        changing = {
+            "shuffle_caption": self.shuffle_caption,
+            "caption_line": self.caption_line != "first",
+            "enable_wildcard": self.enable_wildcard,
+            "token_warmup_step": self.token_warmup_step,
+            "caption_tag_dropout_rate": self.caption_tag_dropout_rate,
+            "tag_dropout_by_category": self.tag_dropout_by_category,
+        }
+        found = [name for name, value in changing.items() if value]
+        if self.cache_text_encoder_outputs and found:
+            raise ValueError(f"cache_text_encoder_outputs: {' and '.join(found)} makes new captions each epoch")
         return self
 
     @model_validator(mode="after")
