@@ -46,10 +46,10 @@ class Ema:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The averages by parameter, as of the last `after_step`: float32, a copy."""
+    def tensors(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """The averages by parameter, as of the last `after_step`: float32."""
         self._wait()
-        return {name: value.clone() for name, value in self._averages.items()}
+        return {name: value.clone() for name, value in self._averages.items()} if copy else dict(self._averages)
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Continue from what `tensors` gave."""

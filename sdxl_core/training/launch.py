@@ -29,6 +29,7 @@ from sdxl_core.training.result import finished_result, read_result
 from sdxl_core.training.training_set import read_training_set
 
 GRACE_S = 8.0  # Prefect gives a cancelled flow ten seconds
+SAVING_BYTES_PER_S = 100e6  # a slow disk; a state is about twice the base model in half precision
 POLL_S = 0.2
 LOG_TAIL_LINES = 12
 logger = logging.getLogger(__name__)
@@ -141,9 +142,16 @@ def _trainer(config: TrainConfig, log: Path) -> Iterator[subprocess.Popen[bytes]
     try:
         yield process
     finally:
-        end_group(process, grace_s=GRACE_S)
+        end_group(process, grace_s=grace_s(config.base_model))
         if process.stdin is not None:
             process.stdin.close()
+
+
+def grace_s(base_model: str) -> float:
+    """Seconds that the trainer gets to save its state and leave, by the size of what it trains."""
+    path = Path(base_model)
+    files = path.rglob("*.safetensors") if path.is_dir() else [path] if path.is_file() else []
+    return GRACE_S + 2 * sum(file.stat().st_size for file in files) / SAVING_BYTES_PER_S
 
 
 def _threads(config: TrainConfig) -> int:

@@ -225,7 +225,7 @@ class Run:
             self._look(done)
             asked = result.gathered if result else Gathered(losses={}, stop=False, save=False)
             if asked.stop or asked.save or done == self.total or self.save_times.state_is_due(done):
-                self._save(done)
+                self._save(done, leaving=asked.stop or done == self.total)
             if asked.stop and done < self.total:
                 logger.info("asked to stop: state saved at step %d of %d", done, self.total)
                 return done, True
@@ -263,13 +263,14 @@ class Run:
                 self.safe = self.run_state.snapshot(step)
             self.stepper.back_to = step
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, *, leaving: bool) -> None:
+        """`leaving`: no step follows, so what is saved need not be copied first."""
         with self.time("save"):
             self.save_times.saved()
             if not self.writes:
                 return
             self.saver.wait()
-            snapshot = self.run_state.snapshot(done)
+            snapshot = self.run_state.snapshot(done, copy=not leaving)
             name = self.save_times.model_name(done) if done < self.total else ""
             self.saver.submit(snapshot, then=self._model_writer(name) if name else None)
 

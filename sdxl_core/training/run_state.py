@@ -47,12 +47,14 @@ class RunState:
             self.ema = Ema(held, decay=config.ema_decay, every=config.ema_every_steps)
         self._is_divided = any(piece.count < piece.total for piece in updater.pieces.values())
 
-    def snapshot(self, step: int) -> Snapshot:
-        """A copy in main memory of the run after `step` steps."""
+    def snapshot(self, step: int, *, copy: bool = True) -> Snapshot:
+        """A copy in main memory of the run after `step` steps; `copy`: false where nothing moves until it is saved."""
         optimizer = self._updater.optimizer
-        tensors = {"weights": _copied(self.weights), "optimizer": _copied(optimizer.state_tensors())}
+        tensors = {"weights": self.weights, "optimizer": optimizer.state_tensors()}
+        if copy:
+            tensors = {name: _copied(held) for name, held in tensors.items()}
         if self.ema is not None:
-            tensors["ema"] = self.ema.tensors()
+            tensors["ema"] = self.ema.tensors(copy=copy)
         if self._rank == 0:
             tensors["losses"] = {"window": self.average.window()}
         scalars = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError, DataError, SdxlFlowsError, TransientError
 from sdxl_core.processes import process_start
-from sdxl_core.training.launch import accelerate_config, launch_training
+from sdxl_core.training.launch import accelerate_config, grace_s, launch_training
 from sdxl_core.training.result import finished_result
 from sdxl_core.training.training_set import read_training_set
 
@@ -177,6 +177,13 @@ def test_the_trainers_own_refusal_arrives_as_its_paragraph(config: Configure) ->
     with pytest.raises(SdxlFlowsError, match="no such file or folder") as error:
         launch_training(config(base_model="/nowhere/model.safetensors"))
     assert isinstance(error.value, ConfigError) and "Traceback" not in str(error.value)
+
+
+def test_a_large_model_gets_the_time_to_save_its_state(tmp_path: Path) -> None:
+    assert grace_s("tiny") == 8
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(7_000_000_000)
+    assert grace_s(str(tmp_path / "model.safetensors")) == grace_s(str(tmp_path)) == pytest.approx(148)
 
 
 def test_the_accelerate_configuration_starts_as_many_processes_as_asked(config: Configure) -> None:
