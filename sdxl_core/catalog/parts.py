@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from operator import mul
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,7 @@ from sdxl_core.catalog.schema import COLUMNS_OF_USE, ROWS, TAGS, VOCABULARY
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 _HASH_STEP = np.uint64(0x9E3779B97F4A7C15)
+_64_BITS = 2**64 - 1
 
 
 class TagColumn(NamedTuple):
@@ -173,6 +175,22 @@ def key_hashes(keys: pa.StringArray) -> pa.UInt64Array:
     sums[filled] = np.add.reduceat(terms, starts[filled])
     sums ^= sums >> np.uint64(29)
     return pa.array(sums * np.uint64(0xBF58476D1CE4E5B9))
+
+
+def key_hash(key: str) -> int:
+    """The same hash of one key, in a hundredth of the time that an array of one takes."""
+    data = key.encode("utf-8", "surrogateescape")
+    powers, total = _powers(len(data))
+    total += int(sum(map(mul, data, powers)))
+    total &= _64_BITS
+    return (total ^ total >> 29) * 0xBF58476D1CE4E5B9 & _64_BITS
+
+
+@lru_cache(maxsize=1024)
+def _powers(length: int) -> tuple[tuple[int, ...], int]:
+    """The first powers of the hash's step, modulo 2**64, and their sum."""
+    powers = tuple(int(pow(int(_HASH_STEP), number, 2**64)) for number in range(1, length + 1))
+    return powers, sum(powers)
 
 
 def _lists(lengths: Ints, values: Ints, unknown: pa.Array) -> pa.ListArray:

@@ -103,6 +103,17 @@ class LatentIndex:
         for number in range(self._rows.count):
             yield (self._rows.batch(number) if checked else self._rows.unchecked(number)).select(list(columns))
 
+    def batch(self, number: int) -> pa.RecordBatch:
+        """Rows number * BATCH_ROWS and following, a view of the mapped file. Raises: as `take`."""
+        return self._rows.batch(number)
+
+    def sorted_hashes(self) -> tuple[Ints, Ints]:
+        """Hashes of all keys, ascending, and the row of each; views of the mapped file. Raises: as `take`."""
+        if not self.num_rows:
+            return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
+        table = self._keys.batch(0)
+        return table["key_hash"].to_numpy(), table["row"].to_numpy()
+
     def take(self, rows: Sequence[int] | Ints, columns: Sequence[str]) -> pa.RecordBatch:
         """The columns of rows by number, in the order given. Raises: IndexError.   DataError: a damaged batch."""
         return self._rows.take(np.asarray(rows, np.int64), self.num_rows, columns)

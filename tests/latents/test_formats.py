@@ -22,6 +22,7 @@ from sdxl_core.latents.formats import (
     write_per_image,
 )
 from sdxl_core.latents.formats import packed as packed_format
+from sdxl_core.latents.formats.record import cast
 
 CROP = (1.0, 0.0, 701.6315789473684, 1024.0)
 
@@ -207,6 +208,17 @@ def test_float16_is_kept_as_float32_and_the_other_way_round_where_it_fits(tmp_pa
     large.latents[0, 0, 0] = 1e5
     with pytest.raises(DataError, match="float16 ends at 65504"):
         write_packed(tmp_path / "a.npz", ["k"], [large], "float16")
+
+
+def test_conversion_to_half_precision_is_numpys() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 40_000, dtype=np.uint32)
+    bits[:2000] = bits[:2000] & 0x80007FFF | 0x38000000  # about the smallest that float16 has
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)].reshape(1, -1, 1)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(cast(values, "float16"), values.astype(np.float16))
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, -1, 1)
+    assert np.array_equal(cast(half, "float32"), half.astype(np.float32), equal_nan=True)
 
 
 def test_pictures_of_two_buckets_share_no_file(tmp_path: Path) -> None:

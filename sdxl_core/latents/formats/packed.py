@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import write_vectored
 from sdxl_core.latents.formats.checksum import crc32
-from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, is_finite
+from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, cast, is_finite
 from sdxl_core.latents.formats.zipstore import CENTRAL, END, NPY_HEADER_BYTES, Spec, ZipLayout, plan_layout
 
 PackedDtype = Literal["float16", "float32"]
@@ -81,14 +81,13 @@ def _write(path: Path, layout: ZipLayout, payloads: list[list[Any]], row_crc32s:
 def _row_arrays(path: Path, key: str, record: LatentRecord, dtype: str) -> list[tuple[str, NDArray[Any]]]:
     arrays: list[tuple[str, NDArray[Any]]] = []
     for name, array in record.arrays():
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(array, dtype=np.uint8 if name == "alpha_mask" else dtype)
-        if cast.dtype == np.float16 and array.dtype != np.float16 and np.isinf(cast).any() and np.isfinite(array).all():
+        values = np.ascontiguousarray(array) if name == "alpha_mask" else cast(array, dtype)
+        if values.dtype == np.float16 and array.dtype != np.float16 and not is_finite(values) and is_finite(array):
             raise DataError(
                 f"{path}: {name} of {key!r} reach {np.abs(array).max():.6g}, and float16 ends at 65504. "
                 f"Pack with float32."
             )
-        arrays.append((name, cast))
+        arrays.append((name, values))
     return arrays
 
 
@@ -129,7 +128,7 @@ class PackedFile:
     image_sha256s: uint8 [N, 32].
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         """Raises: ShardError: missing, torn, or anything but the pictures' rows is damaged."""
         self.path = path
         try:

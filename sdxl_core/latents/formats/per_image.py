@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sdxl_core.errors import ShardError
 from sdxl_core.files import write_vectored
 from sdxl_core.latents.formats.checksum import crc32
-from sdxl_core.latents.formats.record import LatentRecord, WrittenFile
+from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, cast
 from sdxl_core.latents.formats.zipstore import END, Spec, ZipLayout, zip_layout
 
 Naming = Literal["stem", "size"]
@@ -64,14 +64,13 @@ def write_per_image(path: Path, record: LatentRecord) -> WrittenFile:
 def _arrays(record: LatentRecord) -> list[tuple[str, NDArray[Any]]]:
     """Names and arrays in the order in which sd-scripts hands them to np.savez."""
     latents, *optional = [
-        (name, OPACITY[array] if name == "alpha_mask" else np.ascontiguousarray(array, dtype=np.float32))
-        for name, array in record.arrays()
+        (name, OPACITY[array] if name == "alpha_mask" else cast(array, "float32")) for name, array in record.arrays()
     ]
     size = np.array([record.original_width_px, record.original_height_px], dtype=np.int64)
     return [latents, ("original_size", size), ("crop_ltrb", np.array(record.crop_ltrb, dtype=np.float64)), *optional]
 
 
-def read_per_image(path: Path, *, expected_crc32: int | None = None) -> LatentRecord:
+def read_per_image(path: Path | str, *, expected_crc32: int | None = None) -> LatentRecord:
     """Read and check a file of ours or of sd-scripts; never unpickles.
 
     Args:   expected_crc32: of the whole file; without it, the file's own checksums are what it is held against.
@@ -86,7 +85,7 @@ def read_per_image(path: Path, *, expected_crc32: int | None = None) -> LatentRe
     return _record(path, _foreign_arrays(path, data))
 
 
-def _read_whole(path: Path) -> NDArray[np.uint8]:
+def _read_whole(path: Path | str) -> NDArray[np.uint8]:
     """A file's bytes, so placed in memory that the first array in it is aligned."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -144,7 +143,7 @@ def _is_whole(data: NDArray[np.uint8], layout: ZipLayout) -> bool:
     )
 
 
-def _foreign_arrays(path: Path, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+def _foreign_arrays(path: Path | str, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     """The arrays of an `.npz` written otherwise (compressed, in another order, on another system).
 
     All members are read, and with that their checksums and names checked, and counted: no damage may hide a member.
@@ -184,7 +183,7 @@ def _wanted_names(names: set[str]) -> dict[str, str]:
     return fixed | {name: name + suffix for name in OPTIONAL if name + suffix in names}
 
 
-def _record(path: Path, arrays: Mapping[str, NDArray[Any]]) -> LatentRecord:
+def _record(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> LatentRecord:
     latents, size, crop = arrays["latents"], arrays["original_size"], arrays["crop_ltrb"]
     if latents.ndim != 3 or latents.shape[0] != 4 or size.shape != (2,) or crop.shape != (4,):
         raise ShardError(f"{path}: its arrays are not SDXL latents (latents are {latents.shape}). Delete it and rerun.")

@@ -1,0 +1,180 @@
+"""Latent files: ours written, read and verified against np.savez and np.load, alternately in one run, on one thread.
+
+python benchmarks/latent_files.py [--sizes 500,2000,8000] [--repeats 5] [--folder DIR]
+Latents have the sizes of SDXL's buckets about 1024 x 1024 px, so that a picture's float32 file has about 263 kB.
+What is read is in the page cache, as are np.load's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from measure import machine
+
+from sdxl_core.latents import LatentRecord, LatentStore
+from sdxl_core.latents.formats import PackedFile, WrittenFile, read_per_image, write_packed, write_per_image
+from sdxl_core.latents.index import IndexWriter
+
+SHAPES = ((128, 128), (152, 104), (104, 152), (144, 112), (112, 144), (168, 96), (96, 168), (120, 136))
+GROUP = 512  # pictures of one commit group
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="500,2000,8000")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on which file system (default: that of temporary files)")
+    options = parser.parse_args()
+    print(machine())
+    print(f"\nmedians of {options.repeats} alternating runs, one thread; every file written by rename, not synced\n")
+    print("| pictures | what | us a picture | cpu, us a picture | rival / it |")
+    print("|---|---|---|---|---|")
+    for size in map(int, options.sizes.split(",")):
+        with tempfile.TemporaryDirectory(prefix="latent_files_", dir=options.folder) as folder:
+            Comparison(Path(folder), size, options.repeats).run()
+
+
+class Comparison:
+    """All contenders with the same `size` pictures."""
+
+    def __init__(self, folder: Path, size: int, repeats: int) -> None:
+        self.folder, self.size, self.repeats = folder, size, repeats
+        rng = np.random.default_rng(0)
+        pool = [record(rng, SHAPES[number % len(SHAPES)]) for number in range(16 * len(SHAPES))]
+        self.records = [pool[number % len(pool)] for number in range(size)]
+        self.keys = [f"danbooru/{number}" for number in range(size)]
+        self.order = list(range(size))
+        random.Random(0).shuffle(self.order)
+
+    def run(self) -> None:
+        for name in ("numpy/danbooru", "ours/danbooru", "packed16", "packed32"):
+            (self.folder / name).mkdir(parents=True)
+        writers = {"np.savez": self.savez, "per_image": self.per_image}
+        writers |= {"packed float16": lambda: self.packed("float16"), "packed float32": lambda: self.packed("float32")}
+        self.compare("write", writers, "np.savez")
+        self.write_indexes()
+        stores = {name: LatentStore(self.folder / name) for name in ("ours", "packed16", "packed32")}
+        readers = {"np.load": self.load, "per_image file": self.read_files}
+        readers |= {f"store, {name}": (lambda store=store: self.read_store(store)) for name, store in stores.items()}
+        self.compare("read at random", readers, "np.load")
+        verify = {"np.load of everything": self.load, "per_image": self.verify_files}
+        verify |= {f"packed {bits}": (lambda bits=bits: self.verify_packed(bits)) for bits in ("16", "32")}
+        self.compare("verify", verify, "np.load of everything")
+
+    def compare(self, what: str, contenders: dict[str, Callable[[], None]], rival: str) -> None:
+        wall: dict[str, list[float]] = {name: [] for name in contenders}
+        cpu: dict[str, list[float]] = {name: [] for name in contenders}
+        for repeat in range(self.repeats + 1):
+            for name, work in contenders.items():
+                if what == "write":
+                    self.clear(name)
+                begin, begin_cpu = time.perf_counter(), time.process_time()
+                work()
+                if repeat:  # the first run warms up
+                    wall[name].append(time.perf_counter() - begin)
+                    cpu[name].append(time.process_time() - begin_cpu)
+        for name in contenders:
+            ratios = [theirs / ours for theirs, ours in zip(wall[rival], wall[name], strict=True)]
+            us, cpu_us = (statistics.median(values[name]) / self.size * 1e6 for values in (wall, cpu))
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            print(f"| {self.size} | {what}: {name} | {us:.1f} | {cpu_us:.1f} | {spread} |", flush=True)
+
+    def clear(self, name: str) -> None:
+        folders = {"np.savez": "numpy/danbooru", "per_image": "ours/danbooru"}
+        path = self.folder / folders.get(name, name.replace("packed float", "packed"))
+        shutil.rmtree(path)
+        path.mkdir()
+
+    def savez(self) -> None:
+        for key, item in zip(self.keys, self.records, strict=True):
+            np.savez(
+                self.folder / "numpy" / f"{key}.npz",
+                latents=item.latents,
+                original_size=np.array([item.original_width_px, item.original_height_px]),
+                crop_ltrb=np.array(item.crop_ltrb),
+            )
+
+    def per_image(self) -> None:
+        folder = self.folder / "ours"
+        self.written = [
+            write_per_image(folder / f"{key}.npz", item) for key, item in zip(self.keys, self.records, strict=True)
+        ]
+
+    def packed(self, dtype: str) -> None:
+        """Files as the cache writes them: one a commit group and bucket."""
+        self.files: list[tuple[str, list[int], WrittenFile]] = []
+        for start in range(0, self.size, GROUP):
+            for shape in range(len(SHAPES)):
+                rows = [n for n in range(start, min(start + GROUP, self.size)) if n % len(SHAPES) == shape]
+                path = f"{shape}-{start}.npz"
+                keys, records = [self.keys[row] for row in rows], [self.records[row] for row in rows]
+                written = write_packed(self.folder / f"packed{dtype[5:]}" / path, keys, records, dtype)  # type: ignore[arg-type]
+                self.files.append((path, rows, written))
+
+    def write_indexes(self) -> None:
+        paths = [f"{key}.npz" for key in self.keys]
+        crcs = [written.crc32 for written in self.written]
+        self.index("ours", "per_image", paths, list(range(self.size)), [-1] * self.size, crcs)
+        for dtype in ("float16", "float32"):
+            self.packed(dtype)
+            file, row, checksum = [0] * self.size, [0] * self.size, [0] * self.size
+            for number, (_, rows, written) in enumerate(self.files):
+                for at, picture in enumerate(rows):
+                    file[picture], row[picture], checksum[picture] = number, at, written.row_crc32s[at]
+            self.index(f"packed{dtype[5:]}", "packed", [path for path, _, _ in self.files], file, row, checksum)
+
+    def index(
+        self, name: str, layout: str, paths: list[str], file: list[int], row: list[int], crc32: list[int]
+    ) -> None:
+        folder, zeros = self.folder / name, np.zeros(self.size)
+        with IndexWriter(folder, fingerprint="", made_from="") as index:
+            index.add_files(pa.array(paths), np.array([(folder / path).stat().st_size for path in paths]), layout)
+            sides = {f"{what}_{side}_px": zeros.astype(int) for what in ("bucket", "original") for side in SIDES}
+            crops = {f"crop_{side}": zeros for side in ("left", "top", "right", "bottom")}
+            index.add({"key": self.keys, "file": file, "row": row, "crc32": crc32} | sides | crops)
+            index.finish(metadata_sha256="")
+
+    def load(self) -> None:
+        for number in self.order:
+            with np.load(self.folder / "numpy" / f"{self.keys[number]}.npz") as file:
+                _ = file["latents"], file["original_size"], file["crop_ltrb"]
+
+    def read_files(self) -> None:
+        for number in self.order:
+            read_per_image(self.folder / "ours" / f"{self.keys[number]}.npz")
+
+    def read_store(self, store: LatentStore) -> None:
+        for number in self.order:
+            store.read(self.keys[number])
+
+    def verify_files(self) -> None:
+        for key, written in zip(self.keys, self.written, strict=True):
+            read_per_image(self.folder / "ours" / f"{key}.npz", expected_crc32=written.crc32)
+
+    def verify_packed(self, bits: str) -> None:
+        for path, _, _ in self.files:
+            check = PackedFile(self.folder / f"packed{bits}" / path).verify()
+            assert not (check.is_damaged or check.damaged_rows or check.infinite_rows)
+
+
+SIDES = ("width", "height")
+
+
+def record(rng: np.random.Generator, shape: tuple[int, int]) -> LatentRecord:
+    latents = rng.normal(scale=7, size=(4, *shape)).astype(np.float32)
+    return LatentRecord(
+        latents=latents, original_width_px=1500, original_height_px=2000, crop_ltrb=(0.0, 64.0, 768.0, 1344.0)
+    )
+
+
+if __name__ == "__main__":
+    main()
