@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import write_vectored
 from sdxl_core.latents.formats.checksum import crc32
-from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, cast, is_finite
+from sdxl_core.latents.formats.record import LatentRecord, Latents, Scratch, WrittenFile, cast, is_finite
 from sdxl_core.latents.formats.zipstore import CENTRAL, END, NPY_HEADER_BYTES, Spec, ZipLayout, plan_layout
 
 PackedDtype = Literal["float16", "float32"]
@@ -33,6 +33,7 @@ FIRST_HEADER = slice(61, 189)  # of the first member, "latents"
 TAIL_BYTES = 1 << 16  # what is read at first: everything but the rows of a file of some hundred pictures
 BIG = ("latents", "latents_flipped", "alpha_mask", "logvar")
 UNKNOWN_SHA256 = bytes(32)
+_SCRATCH = Scratch()
 
 
 def write_packed(path: Path, keys: Sequence[str], records: Sequence[LatentRecord], dtype: PackedDtype) -> WrittenFile:
@@ -42,7 +43,11 @@ def write_packed(path: Path, keys: Sequence[str], records: Sequence[LatentRecord
             digits of a float32, float32 keeps a float16 as it is.
     Raises: DataError: values too large for float16; pictures that do not belong together.   DiskFullError.
     """
-    rows = [_row_arrays(path, key, record, dtype) for key, record in zip(keys, records, strict=True)]
+    casts = [array for record in records for name, array in record.arrays() if name != "alpha_mask"]
+    casts = [array for array in casts if array.dtype != dtype and array.shape == records[0].latents.shape]
+    shape = records[0].latents.shape
+    room = iter(_SCRATCH.arrays(shape, dtype, len(casts)))
+    rows = [_row_arrays(path, key, record, dtype, shape, room) for key, record in zip(keys, records, strict=True)]
     names = [name for name, _ in rows[0]]
     shapes = [(array.dtype.str, array.shape) for _, array in rows[0]]
     checksums: list[int] = []
@@ -78,10 +83,15 @@ def _write(path: Path, layout: ZipLayout, payloads: list[list[Any]], row_crc32s:
     return WrittenFile(num_bytes=layout.num_bytes, crc32=whole, row_crc32s=tuple(row_crc32s))
 
 
-def _row_arrays(path: Path, key: str, record: LatentRecord, dtype: str) -> list[tuple[str, NDArray[Any]]]:
+def _row_arrays(
+    path: Path, key: str, record: LatentRecord, dtype: str, shape: tuple[int, ...], room: Iterator[Latents]
+) -> list[tuple[str, NDArray[Any]]]:
     arrays: list[tuple[str, NDArray[Any]]] = []
     for name, array in record.arrays():
-        values = np.ascontiguousarray(array) if name == "alpha_mask" else cast(array, dtype)
+        if name == "alpha_mask" or array.dtype == dtype:
+            values = np.ascontiguousarray(array)
+        else:
+            values = cast(array, dtype, out=next(room) if array.shape == shape else None)
         if values.dtype == np.float16 and array.dtype != np.float16 and not is_finite(values) and is_finite(array):
             raise DataError(
                 f"{path}: {name} of {key!r} reach {np.abs(array).max():.6g}, and float16 ends at 65504. "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -81,16 +83,30 @@ def is_finite(array: NDArray[Any]) -> bool:
     return True
 
 
-def cast(array: Latents, dtype: str) -> Latents:
+class Scratch(threading.local):
+    """Memory that a thread uses again and again: fresh pages cost more than what is computed in them."""
+
+    memory = np.empty(0, np.uint8)
+
+    def arrays(self, shape: tuple[int, ...], dtype: str, count: int) -> list[Latents]:
+        """As many arrays; valid until the next call in this thread."""
+        num_bytes = count * prod(shape) * np.dtype(dtype).itemsize
+        if len(self.memory) < num_bytes:
+            self.memory = np.empty(num_bytes, np.uint8)
+        return list(self.memory[:num_bytes].view(dtype).reshape(count, *shape))
+
+
+def cast(array: Latents, dtype: str, *, out: Latents | None = None) -> Latents:
     """Contiguous, in `dtype`, rounded to nearest even; torch converts to and from half precision 15 times as quickly as
-    numpy, with the same bits."""
+    numpy, with the same bits. Args: out: where a converted copy goes."""
     if array.dtype == dtype:
         return np.ascontiguousarray(array)
-    if {array.dtype.name, np.dtype(dtype).name} != {"float16", "float32"}:
-        return np.ascontiguousarray(array, dtype=dtype)
+    values: Latents = np.empty(array.shape, dtype) if out is None else out
+    if {array.dtype.name, values.dtype.name} != {"float16", "float32"}:
+        values[...] = array
+        return values
     import torch
 
-    values: Latents = np.empty(array.shape, dtype)
     source, target = torch.from_numpy(np.ascontiguousarray(array).reshape(-1)), torch.from_numpy(values.reshape(-1))
     for start in range(0, values.size, SERIAL):
         target[start : start + SERIAL].copy_(source[start : start + SERIAL])
