@@ -18,9 +18,13 @@ from sdxl_core.cli_models import add_translations
 from sdxl_core.cli_options import add_options, collect_options, dashes
 from sdxl_core.config import (
     CacheLatentsConfig,
+    CompactLatentsConfig,
+    ConvertLatentsConfig,
+    ImportLatentsConfig,
     JobConfig,
     MergeJsonConfig,
     MergeTagsConfig,
+    PackTarsConfig,
     RemoveLatentsConfig,
     StatisticsConfig,
     SubsetConfig,
@@ -88,6 +92,32 @@ SET_STAGES = {
         "take the latents of some pictures out of a latent set",
     ),
 }
+SET_STAGES |= {
+    "convert-latents": Stage(
+        ConvertLatentsConfig,
+        "sdxl_core.latents.convert.layouts:convert_latents",
+        False,
+        "a latent set in the other layout, per_image or packed; nothing is encoded again",
+    ),
+    "import-latents": Stage(
+        ImportLatentsConfig,
+        "sdxl_core.latents.convert.importing:import_latents",
+        False,
+        "take an sd-scripts cache over where it lies: check every file, record it, change none",
+    ),
+    "compact-latents": Stage(
+        CompactLatentsConfig,
+        "sdxl_core.latents.convert.compact:compact_latents",
+        False,
+        "merge the small files of a packed set, and drop removed rows",
+    ),
+    "pack-tars": Stage(
+        PackTarsConfig,
+        "sdxl_core.latents.convert.tars:pack_tars",
+        False,
+        "per-image files into tars with a JSON index each, as large collections are shared",
+    ),
+}
 ATTENTION_WORDS = ("xformers", "diffusers-xformers", "mem-eff-attn", "sdpa")
 
 
@@ -145,9 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = _command(commands, name, stage.help, _on_a_set, stage=stage, name=name)
         if name == "verify":
             _add_flow(command)
-        command.add_argument(
-            "path", type=Path, metavar="DIR", help="out folder of cache-latents, or its latents folder"
-        )
+        command.add_argument("path", type=Path, metavar="DIR", help=stage.config.model_fields["path"].description)
         add_options(command, stage.config, leave_out=("path",))
     add_translations(commands, _command)
     _add_plan(commands)

@@ -173,6 +173,23 @@ class RemovedRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentFilesRef:
+    """What a conversion left: `what` was done, in how many files and bytes, of how many pictures.
+
+    metadata: the JSON that goes with it, None where it has none of its own.   rejected: of which some were refused.
+    """
+
+    what: str
+    path: Path
+    num_rows: int
+    num_files: int
+    num_bytes: int
+    metadata: Path | None = None
+    num_rejected: int = 0
+    rejected: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRef:
     """A trained model as single-file SDXL .safetensors, and the state it can be continued from."""
 

@@ -10,6 +10,7 @@ from sdxl_core.refs import (
     CatalogRef,
     CheckpointRef,
     FileRef,
+    LatentFilesRef,
     LatentSetRef,
     MetadataRef,
     RemovedRef,
@@ -92,6 +93,16 @@ def _(ref: VerifiedRef) -> str:
 def _(ref: RemovedRef) -> str:
     unknown = f", {ref.num_unknown:,} keys have none here" if ref.num_unknown else ""
     return f"remove: latents of {ref.num_removed:,} pictures taken out{unknown} -> {ref.path}"
+
+
+@describe.register
+def _(ref: LatentFilesRef) -> str:
+    refused = rejected_text(ref.rejected, ref.what, ref.num_rejected) if ref.rejected else ""
+    metadata = f", {ref.metadata}" if ref.metadata else ""
+    return (
+        f"{ref.what}: latents of {ref.num_rows:,} pictures in {ref.num_files:,} files, "
+        f"{ref.num_bytes / 1e6:,.1f} MB{refused} -> {ref.path}{metadata}"
+    )
 
 
 @describe.register

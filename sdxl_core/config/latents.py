@@ -132,3 +132,51 @@ class RemoveLatentsConfig(Section):
         if not self.keys and self.keys_file is None:
             raise ValueError("name the pictures: keys, or keys_file with a key a line")
         return self
+
+
+class ConvertLatentsConfig(Section):
+    """Bring a latent set into another layout, into a new folder; nothing is encoded again."""
+
+    path: Path = Field(description="out folder of cache-latents or import-latents, or the latents folder in it")
+    out: Path = Field(description="folder that receives latents/ and meta_lat.json; continued where it was stopped")
+    layout: Literal["per_image", "packed"] = Field(
+        description="per_image: one .npz a picture in float32, as sd-scripts' trainers read them; packed: one .npz a "
+        "bucket and commit group"
+    )
+    packed_dtype: Literal["source", "float16", "float32"] = Field(
+        "source",
+        description="packed: precision latents are kept in; source: what they have, nothing is lost; float16 keeps "
+        "about three digits of float32",
+    )
+    npz_naming: Literal["stem", "size"] = Field(
+        "stem", description="per_image: F.npz, or F_0832x1216_sdxl.npz with the picture's size"
+    )
+
+
+class ImportLatentsConfig(Section):
+    """Take an sd-scripts cache over where it lies: every file is read and checked, none is changed or moved."""
+
+    path: Path = Field(description="folder with the .npz files, F.npz or F_0832x1216_sdxl.npz, flat or nested")
+    metadata: Path | None = Field(
+        None, description="metadata JSON with tags and captions whose keys name the files; without it every file counts"
+    )
+    commit_size: int = Field(4096, ge=1, le=100_000, description="files recorded at once; checked again after a crash")
+    shard_size: int = Field(65_536, ge=1, le=1_000_000, description="files a ledger")
+    threads: int = Field(0, ge=0, le=256, description="files read at once; 0: two a processor")
+
+
+class PackTarsConfig(Section):
+    """Put a set's per-image files into tars with a JSON index each, as large collections are shared."""
+
+    path: Path = Field(description="folder with the .npz files, or the out folder of cache-latents")
+    out: Path = Field(description="folder that receives 0000.tar, 0000.json, …")
+    num_tars: int = Field(
+        1000, ge=1, le=100_000, description="a picture called by a number goes into tar number modulo num_tars"
+    )
+
+
+class CompactLatentsConfig(Section):
+    """Merge the small files of a packed set, and drop the rows that were removed or encoded again."""
+
+    path: Path = Field(description="out folder of cache-latents, or the latents folder in it")
+    file_mb: int = Field(256, ge=1, le=2000, description="no merged file is larger than this many megabytes")

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_core.latents.rows import LEDGER_FOLDER
+
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
-TEXT_ENCODER = "_te_outputs.npz"
+TEXT_ENCODER, PACKED = "_te_outputs.npz", "packed/"
 _SIZED = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_sdxl\.npz")
 _FULL_PATH = re.compile(r"([A-Za-z]:)?[\\/]")
 
@@ -49,10 +51,14 @@ class BareCache:
         return None
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """(key, file) of every file of latents, sorted by path; a key is a path below the folder without endings."""
+        """(key, file) of every file of latents, sorted by path; a key is a path below the folder without endings.
+
+        Packed files of a set of ours are none of them.
+        """
+        is_ours = (self.folder / LEDGER_FOLDER).is_dir()
         for path in sorted(self.folder.rglob("*.npz")):
             name = path.relative_to(self.folder).as_posix()
-            if name.endswith(TEXT_ENCODER) or path.name.startswith("."):
+            if name.endswith(TEXT_ENCODER) or path.name.startswith(".") or (is_ours and name.startswith(PACKED)):
                 continue
             sized = _SIZED.fullmatch(name)
             yield sized["stem"] if sized else name.removesuffix(".npz"), path

@@ -5,6 +5,8 @@ Below `latents/`:
     index.files.arrow   FILES: the files that hold the rows' latents; `file` is a row number in it
     index.keys.arrow    KEYS: hashes of all keys, ascending, and the row of each: where a key is
     index.json          fingerprint, digest of meta_lat.json, CRC-32 of every batch; written last, marks the rest whole
+An index that replaces another is written beside it (`index.b.arrow`, …; the next one takes the plain names again), and
+takes effect when index.json is replaced: a kill leaves the old one.
 Every batch is checked against its CRC when it is first looked at, so a damaged one is never served.
 """
 
@@ -30,6 +32,9 @@ Ints = np.ndarray[Any, np.dtype[Any]]
 FORMAT = 1
 BATCH_ROWS = 65_536
 INDEX, INDEX_FILES, INDEX_KEYS, INDEX_END = "index.arrow", "index.files.arrow", "index.keys.arrow", "index.json"
+NAMES = tuple(
+    {name: name.replace("index.", f"index.{turn}") for name in (INDEX, INDEX_FILES, INDEX_KEYS)} for turn in ("", "b.")
+)
 ROWS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -69,9 +74,9 @@ class LatentIndex:
         self.metadata_sha256: str = told["metadata_sha256"]
         self.num_rows: int = told["num_rows"]
         self.made_from: str = told["made_from"]
-        self._rows = _Batches(latents / INDEX, told["files"][INDEX])
-        self._files = _Batches(latents / INDEX_FILES, told["files"][INDEX_FILES])
-        self._keys = _Batches(latents / INDEX_KEYS, told["files"][INDEX_KEYS])
+        self._rows, self._files, self._keys = (
+            _Batches(latents / told["names"][name], told["files"][name]) for name in (INDEX, INDEX_FILES, INDEX_KEYS)
+        )
 
     @classmethod
     def exists(cls, latents: Path) -> bool:
@@ -180,20 +185,22 @@ class IndexWriter:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._rows = self._stack.enter_context(_TableWriter(self._latents / INDEX, ROWS))
-        self._files = self._stack.enter_context(_TableWriter(self._latents / INDEX_FILES, FILES))
+        self._names = _free_names(self._latents)
+        self._rows = self._stack.enter_context(_TableWriter(self._latents / self._names[INDEX], ROWS))
+        self._files = self._stack.enter_context(_TableWriter(self._latents / self._names[INDEX_FILES], FILES))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None and self._end is not None:
-            (self._latents / INDEX_END).unlink(missing_ok=True)  # what it marks is about to be replaced
         self._stack.__exit__(kind, error, trace)
         if error is None and self._end is not None:
             files = {INDEX: self._rows.told(), INDEX_FILES: self._files.told(), INDEX_KEYS: self._write_keys()}
-            told = self._told | self._end | {"num_rows": self._rows.num_rows, "files": files}
+            told = self._told | self._end | {"num_rows": self._rows.num_rows, "names": self._names, "files": files}
             write_atomic(self._latents / INDEX_END, checked_json(told))
+            for name in (spelled for names in NAMES for spelled in names.values()):
+                if name not in self._names.values():
+                    (self._latents / name).unlink(missing_ok=True)
 
     def add_files(self, paths: pa.StringArray, num_bytes: Ints, layout: str) -> int:
         """Name files. Returns the number of the first; the others follow."""
@@ -218,9 +225,18 @@ class IndexWriter:
     def _write_keys(self) -> dict[str, Any]:
         hashes = np.concatenate([*self._hashes, np.zeros(0, np.uint64)])
         order = np.argsort(hashes, kind="stable").astype(np.uint32)
-        with _TableWriter(self._latents / INDEX_KEYS, KEYS, batch_rows=max(1, len(order))) as writer:
+        with _TableWriter(self._latents / self._names[INDEX_KEYS], KEYS, batch_rows=max(1, len(order))) as writer:
             writer.add([pa.array(hashes[order]), pa.array(order)])
         return writer.told()
+
+
+def _free_names(latents: Path) -> dict[str, str]:
+    """Names that the index as it is does not use: it stays whole until the new one takes effect."""
+    try:
+        told = parse_checked((latents / INDEX_END).read_bytes())
+    except (OSError, ValueError):
+        told = None
+    return NAMES[1] if told is not None and told.get("names") == NAMES[0] else NAMES[0]
 
 
 class _CheckedFile:

@@ -5,7 +5,13 @@ Pure functions of paths and arrays; ledgers, indexes and settings are their call
 
 from sdxl_core.latents.formats.checksum import crc32
 from sdxl_core.latents.formats.packed import PackedFile, write_packed
-from sdxl_core.latents.formats.per_image import Naming, per_image_name, read_per_image, write_per_image
+from sdxl_core.latents.formats.per_image import (
+    Naming,
+    inspect_per_image,
+    per_image_name,
+    read_per_image,
+    write_per_image,
+)
 from sdxl_core.latents.formats.record import LatentRecord, WrittenFile
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     "PackedFile",
     "WrittenFile",
     "crc32",
+    "inspect_per_image",
     "per_image_name",
     "read_per_image",
     "write_packed",

@@ -170,6 +170,11 @@ class PackedFile:
         """Of latents and logvar."""
         return self._big[0].dtype
 
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """Which of latents, latents_flipped, alpha_mask and logvar its rows have."""
+        return tuple(member.name for member in self._big)
+
     def key(self, row: int) -> str:
         start, stop = self._key_offsets[row : row + 2]
         return self._keys[start:stop].decode("utf-8", "surrogateescape")

@@ -70,19 +70,45 @@ def _arrays(record: LatentRecord) -> list[tuple[str, NDArray[Any]]]:
     return [latents, ("original_size", size), ("crop_ltrb", np.array(record.crop_ltrb, dtype=np.float64)), *optional]
 
 
-def read_per_image(path: Path | str, *, expected_crc32: int | None = None) -> LatentRecord:
+def read_per_image(path: Path | str, *, expected_crc32: int | None = None, exact: bool = False) -> LatentRecord:
     """Read and check a file of ours or of sd-scripts; never unpickles.
 
     Args:   expected_crc32: of the whole file; without it, the file's own checksums are what it is held against.
+            exact: refuse arrays that a LatentRecord cannot hold as they are: float64 latents, and masks that are no
+            255ths (else rounded).
     Raises: ShardError: missing, torn, a checksum that does not fit, or not a latent file.
     """
+    return _parse(path, _read_whole(path), expected_crc32, exact)
+
+
+def inspect_per_image(path: Path | str) -> tuple[LatentRecord, WrittenFile]:
+    """As `read_per_image` with `exact`, and what `write_per_image` would have said of the file."""
     data = _read_whole(path)
+    checksum = crc32(data)
+    record = _parse(path, data, checksum, exact=True)
+    return record, WrittenFile(num_bytes=len(data), crc32=checksum, row_crc32s=(checksum,))
+
+
+def _parse(path: Path | str, data: NDArray[np.uint8], expected_crc32: int | None, exact: bool) -> LatentRecord:
     if expected_crc32 is not None and crc32(data) != expected_crc32:
         raise ShardError(f"{path}: holds other bytes than were committed. {REPAIR}")
     layout = _layout_of(len(data), data[FIRST_HEADER].tobytes())
     if layout is not None and _is_whole(data, layout):
-        return _record(path, {m.name: data[m.start : m.stop].view(m.dtype).reshape(m.shape) for m in layout.members})
-    return _record(path, _foreign_arrays(path, data))
+        arrays = {m.name: data[m.start : m.stop].view(m.dtype).reshape(m.shape) for m in layout.members}
+    else:
+        arrays = _foreign_arrays(path, data)
+    record = _record(path, arrays)
+    if exact:
+        _check_exact(path, arrays, record)
+    return record
+
+
+def _check_exact(path: Path | str, arrays: Mapping[str, NDArray[Any]], record: LatentRecord) -> None:
+    for name, array in arrays.items():
+        if name in ("latents", "latents_flipped", "logvar") and array.dtype not in (np.float32, np.float16):
+            raise ShardError(f"{path}: its {name} are {array.dtype}; SDXL latents are float32. Encode it again.")
+    if record.alpha_mask is not None and not np.array_equal(OPACITY[record.alpha_mask], arrays["alpha_mask"]):
+        raise ShardError(f"{path}: its alpha_mask is not alpha / 255, as sd-scripts makes it. Encode it again.")
 
 
 def _read_whole(path: Path | str) -> NDArray[np.uint8]:

@@ -1,0 +1,1 @@
+"""Latent sets in other forms, nothing encoded again: other layouts, sd-scripts' caches, tars, fewer files."""
