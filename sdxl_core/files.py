@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_PIECES = 1024  # Linux takes no more in one writev
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+MANY_FILES = 16
+WHOLE_SYNC = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)  # ext, xfs, btrfs, f2fs, tmpfs (linux/magic.h)
 MAX_NAME_BYTES = 200  # file systems allow 255; a partial file's name is longer than the name it takes
 
 
@@ -161,14 +165,49 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(paths: Iterable[Path]) -> None:
-    """fsync many finished files and each of their folders once: one commit group."""
-    folders: set[Path] = set()
+    """Bring many finished files, and that they have their names, to the disk: one commit group.
+
+    Many files of a local file system are synced with it as a whole, which costs a fifth of doing it one by one.
+    """
+    by_folder: dict[Path, list[Path]] = {}
     for path in paths:
-        with disk_errors(path), open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        folders.add(path.parent)
-    for folder in folders:
+        by_folder.setdefault(path.parent, []).append(path)
+    if sum(map(len, by_folder.values())) >= MANY_FILES:
+        synced: set[int] = set()
+        for folder in list(by_folder):
+            device = os.stat(folder).st_dev
+            if device in synced or _sync_file_system(folder):
+                synced.add(device)
+                del by_folder[folder]
+    for folder, files in by_folder.items():
+        for path in files:
+            with disk_errors(path), open(path, "rb+") as file:
+                os.fsync(file.fileno())
         sync_folder(folder)
+
+
+def _sync_file_system(folder: Path) -> bool:
+    """syncfs, where it is known to write everything and to tell of failures; False where it is not."""
+    if not sys.platform.startswith("linux") or _kernel() < (5, 8):  # before, syncfs kept failures to itself
+        return False
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    told = (ctypes.c_long * 32)()  # struct statfs, whose first field is the kind
+    with disk_errors(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if libc.fstatfs(handle, ctypes.byref(told)) or told[0] not in WHOLE_SYNC:
+                return False
+            if libc.syncfs(handle):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        finally:
+            os.close(handle)
+    return True
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def sha256_file(path: Path) -> str:

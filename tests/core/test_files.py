@@ -1,12 +1,14 @@
 """Files exist whole or not at all."""
 
 import errno
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sdxl_core import files
 from sdxl_core.errors import DataError, DiskFullError
 from sdxl_core.files import digest_of, disk_errors, sync_files, write_atomic
 from sdxl_core.rejected import Rejected, count_reasons, read_rejected, update_rejected
@@ -90,3 +92,21 @@ def test_stages_that_end_at_once_all_keep_their_rejections(tmp_path: Path) -> No
         list(pool.map(end, names))
     assert {row.stage for row in read_rejected(path)} == set(names)
     assert len(read_rejected(path)) == 400
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_group_is_synced_whole_or_file_by_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    paths = [tmp_path / folder / str(number) for folder in ("a", "b") for number in range(files.MANY_FILES)]
+    for path in paths:
+        write_atomic(path, b"data", sync=False)
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    monkeypatch.setattr(files, "WHOLE_SYNC", files.WHOLE_SYNC if is_whole else ())
+    sync_files(paths)
+    everything = {*map(str, paths), str(tmp_path / "a"), str(tmp_path / "b")}
+    assert {*synced} == (set() if is_whole else everything)
+    synced.clear()
+    sync_files(paths[:2])
+    assert synced == [*map(str, paths[:2]), str(tmp_path / "a")]
