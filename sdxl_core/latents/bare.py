@@ -14,7 +14,7 @@ import numpy as np
 from sdxl_core.latents.rows import LEDGER_FOLDER
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
-TEXT_ENCODER, PACKED = "_te_outputs.npz", "packed/"
+TEXT_ENCODER, PACKED = "_te_outputs.npz", "packed"
 _SIZED = re.compile(r"(?P<stem>.+)_(?P<width>\d{4,})x(?P<height>\d{4,})_sdxl\.npz")
 _FULL_PATH = re.compile(r"([A-Za-z]:)?[\\/]")
 
@@ -50,18 +50,20 @@ class BareCache:
                     return sized
         return None
 
-    def files(self) -> Iterator[tuple[str, Path]]:
-        """(key, file) of every file of latents, sorted by path; a key is a path below the folder without endings.
-
-        Packed files of a set of ours are none of them.
+    def files(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of every file of latents, folder by folder in order of names; a key is a path below the folder
+        without endings. Packed files of a set of ours are none of them.
         """
         is_ours = (self.folder / LEDGER_FOLDER).is_dir()
-        for path in sorted(self.folder.rglob("*.npz")):
-            name = path.relative_to(self.folder).as_posix()
-            if name.endswith(TEXT_ENCODER) or path.name.startswith(".") or (is_ours and name.startswith(PACKED)):
-                continue
-            sized = _SIZED.fullmatch(name)
-            yield sized["stem"] if sized else name.removesuffix(".npz"), path
+        for folder, folders, names in os.walk(self.folder):
+            below = os.path.relpath(folder, self.folder)
+            prefix = "" if below == "." else f"{Path(below).as_posix()}/"
+            folders[:] = sorted(one for one in folders if not (is_ours and prefix + one in (PACKED, LEDGER_FOLDER)))
+            for name in sorted(names):
+                if not name.endswith(".npz") or name.endswith(TEXT_ENCODER) or name.startswith("."):
+                    continue
+                sized = _SIZED.fullmatch(name)
+                yield prefix + (sized["stem"] if sized else name.removesuffix(".npz")), f"{folder}/{name}"
 
     def keys(self) -> Iterator[str]:
         """The key of every file."""

@@ -39,7 +39,7 @@ class LatentStore:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """In the order of the index; without one, the files' names without endings, sorted."""
+        """In the order of the index; without one, the names of files without endings."""
         return tuple(self._bare.keys() if self._index is None else self._index.keys())  # type: ignore[union-attr]
 
     def has(self, key: str) -> bool:

@@ -182,7 +182,7 @@ def test_a_cache_of_sd_scripts_is_found_by_names(tmp_path: Path) -> None:
     save(tmp_path / "flat.npz", record(3))
     (tmp_path / "deep" / "one_te_outputs.npz").write_bytes(b"")
     store = LatentStore(tmp_path)
-    assert store.keys == ("deep/one", "deep/two", "flat")
+    assert store.keys == ("flat", "deep/one", "deep/two")
     for seed, keys in (
         (1, ("deep/one", "deep/one.png")),
         (2, ("deep/two", "deep/two.WEBP")),

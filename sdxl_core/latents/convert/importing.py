@@ -6,11 +6,14 @@ the conversions work. What it was made with is not known, so nothing is ever enc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +22,15 @@ import orjson
 import pyarrow as pa
 
 from sdxl_core.config import ImportLatentsConfig
-from sdxl_core.dataset.metadata import read_metadata
 from sdxl_core.errors import ConfigError, DataError, ShardError
-from sdxl_core.files import digest_of, sha256_file, write_atomic
+from sdxl_core.files import atomic_writer, sha256_file, write_atomic
 from sdxl_core.latents.bare import BareCache
 from sdxl_core.latents.formats import LatentRecord, WrittenFile, inspect_per_image
 from sdxl_core.latents.formats.record import is_finite
 from sdxl_core.latents.index import IndexWriter
-from sdxl_core.latents.ledger import KEPT, OPEN, CommitGroup, LatentFile, Rejection, ShardLedger
+from sdxl_core.latents.ledger import KEPT, OPEN, PARTS, CommitGroup, LatentFile, Rejection, ShardLedger
+from sdxl_core.latents.metadata import Block, blocks
+from sdxl_core.latents.metadata import Entry as MetadataEntry
 from sdxl_core.latents.rows import LEDGER_FOLDER, ROWS, identities, write_rows
 from sdxl_core.latents.settings import fingerprint_of, settings_path
 from sdxl_core.lock import output_lock
@@ -34,62 +38,116 @@ from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentFilesRef
 from sdxl_core.rejected import Rejected, update_rejected
 
-STAGE = "import-latents"
+STAGE, OTHER_METADATA = "import-latents", "meta_lat.imported.json"
 SETTINGS = {"layout": "per_image", "made_by": "imported"}
 
 
 class Entry(NamedTuple):
-    """A picture that is asked for. `file`: below the folder, "" where there is none.   told: its metadata."""
+    """A picture that is asked for. `file`: below the folder, "" where there is none.   block, number: its metadata."""
 
     key: str
     file: str
-    told: dict[str, Any]
+    block: Block | None
+    number: int
+
+    @property
+    def told(self) -> MetadataEntry:
+        return MetadataEntry() if self.block is None else self.block.entries[self.number]
+
+    def text(self, width_px: int, height_px: int) -> bytes:
+        """As json.dumps(…, indent=2) has it in meta_lat.json."""
+        if self.block is not None:
+            return self.block.with_resolution(self.number, width_px, height_px)
+        return json.dumps({self.key: {"train_resolution": [width_px, height_px]}}, indent=2)[2:-2].encode("ascii")
 
 
 def import_latents(config: ImportLatentsConfig, *, progress: Progress = no_progress) -> LatentFilesRef:
     """Check and record every file; what is recorded already and has not changed is not read again.
 
     Writes ledgers and index beside the files, and rejected.jsonl and meta_lat.json (or meta_lat.imported.json, where
-    there is another) in the folder above.
+    there is another) in the folder above. Holds the entries of one ledger at a time, and what is refused.
     Raises: ConfigError: no such folder; it is a set of ours.   DataError: no file is good.   LockedError.
     """
     latents = config.path
     if not latents.is_dir():
         raise ConfigError(f"path = {latents}: there is no such folder. Name the one that holds the .npz files.")
     with output_lock(latents, purpose=STAGE):
-        fingerprint = _remember(latents)
-        entries = list(_entries(config))
-        if not entries:
+        work = _Import(config, _remember(latents), progress)
+        with suppress(_NothingGood):
+            work.run()
+        rejected = latents.parent / "rejected.jsonl"
+        update_rejected(rejected, STAGE, work.rejected)
+        if not work.num_seen:
             raise DataError(f"{latents}: holds no .npz file of latents.")
-        shards = [
-            _Shard(latents, entries[start : start + config.shard_size], config, fingerprint)
-            for start in range(0, len(entries), config.shard_size)
-        ]
-        done = 0
-        for shard in shards:
-            for count in shard.check():
-                progress("import", done + count, len(entries))
-            done += len(shard.entries)
-        rejected = [one for shard in shards for one in shard.rejected()]
-        update_rejected(latents.parent / "rejected.jsonl", STAGE, rejected)
-        if len(rejected) == len(entries):
+        if not work.num_kept:
             raise DataError(
-                f"{latents}: none of its {len(entries)} latents can be used; {latents.parent / 'rejected.jsonl'} tells "
-                f"why each was refused."
+                f"{latents}: none of its {work.num_seen} latents can be used; {rejected} tells why each was refused."
             )
-        _forget_others(latents, shards)
-        metadata = _write_metadata(config, shards)
-        _write_index(latents, shards, fingerprint, sha256_file(metadata))
+        metadata = _settle_metadata(latents.parent)
     return LatentFilesRef(
         what=STAGE,
         path=latents,
-        num_rows=len(entries) - len(rejected),
-        num_files=len(entries) - len(rejected),
-        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_rows=work.num_kept,
+        num_files=work.num_kept,
+        num_bytes=work.num_bytes,
         metadata=metadata,
-        num_rejected=len(rejected),
-        rejected=latents.parent / "rejected.jsonl",
+        num_rejected=len(work.rejected),
+        rejected=rejected,
     )
+
+
+class _NothingGood(Exception):
+    """Ends the writers of metadata and index so that they leave what was there."""
+
+
+class _Import:
+    """One pass: shard after shard is checked, and what is good goes into metadata and index."""
+
+    def __init__(self, config: ImportLatentsConfig, fingerprint: str, progress: Progress) -> None:
+        self._config, self._fingerprint, self._progress = config, fingerprint, progress
+        self.num_seen = self.num_kept = self.num_bytes = 0
+        self.rejected: list[Rejected] = []
+
+    def run(self) -> None:
+        latents, names, digest = self._config.path, [], hashlib.sha256()
+        with ExitStack() as stack:
+            out = stack.enter_context(atomic_writer(latents.parent / OTHER_METADATA))
+            index = stack.enter_context(IndexWriter(latents, fingerprint=self._fingerprint, made_from=STAGE))
+            for entries in _chunks(_entries(self._config), self._config.shard_size):
+                shard = _Shard(latents, entries, self._config, self._fingerprint)
+                for count in shard.check():
+                    self._progress("import", self.num_seen + count, self.num_seen + len(entries))
+                names.append(shard.ledger.path.name.split(".")[0])
+                for piece in shard.texts(is_first=not self.num_kept):
+                    out.write(piece)
+                    digest.update(piece)
+                shard.add_to(index)
+                self._count(shard)
+            if not self.num_kept:
+                raise _NothingGood
+            out.write(b"\n}")
+            digest.update(b"\n}")
+            index.finish(metadata_sha256=digest.hexdigest())
+        _forget_others(latents, names)
+
+    def _count(self, shard: _Shard) -> None:
+        self.num_seen += len(shard.entries)
+        self.num_kept += len(shard.ledger.rows(KEPT))
+        kept = np.unique(shard.ledger.columns["file"][shard.ledger.rows(KEPT)]).tolist()
+        self.num_bytes += sum(shard.ledger.files[number].num_bytes for number in kept)
+        self.rejected += shard.rejected()
+
+
+def _settle_metadata(folder: Path) -> Path:
+    """Where the metadata is: meta_lat.json, unless there is one of other content, which is left alone."""
+    made, path = folder / OTHER_METADATA, folder / "meta_lat.json"
+    if path.exists() and sha256_file(path) != sha256_file(made):
+        return made
+    if path.exists():
+        made.unlink()
+    else:
+        os.replace(made, path)
+    return path
 
 
 def _remember(latents: Path) -> str:
@@ -109,22 +167,26 @@ def _remember(latents: Path) -> str:
 
 def _entries(config: ImportLatentsConfig) -> Iterator[Entry]:
     """What the metadata asks for in its order, or every file."""
-    cache = BareCache(config.path)
+    cache, prefix = BareCache(config.path), f"{config.path}/"
     if config.metadata is None:
         for key, path in cache.files():
-            yield Entry(key, path.relative_to(config.path).as_posix(), {})
+            yield Entry(key, path.removeprefix(prefix), None, 0)
         return
-    for key, told in read_metadata(config.metadata).items():
-        found = cache.find(key)
-        below = found is not None and found.is_relative_to(config.path)
-        yield Entry(key, found.relative_to(config.path).as_posix() if found is not None and below else "", told)
+    for block in blocks(config.metadata):
+        for number, key in enumerate(block.keys):
+            found = str(cache.find(key) or "")
+            yield Entry(key, found.removeprefix(prefix) if found.startswith(prefix) else "", block, number)
 
 
-def _forget_others(latents: Path, shards: Sequence[_Shard]) -> None:
+def _chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:
+    while chunk := list(islice(entries, size)):
+        yield chunk
+
+
+def _forget_others(latents: Path, names: Sequence[str]) -> None:
     """Ledgers of an import of other files go."""
-    current = {shard.ledger.path.name.split(".")[0] for shard in shards} | {"settings"}
     for path in (latents / LEDGER_FOLDER).iterdir():
-        if path.name.split(".")[0] not in current:
+        if path.name.split(".")[0] not in {*names, "settings"}:
             path.unlink(missing_ok=True)
 
 
@@ -158,9 +220,35 @@ class _Shard:
         for row, why in sorted(self.ledger.rejected.items()):
             yield Rejected(stage=STAGE, key=self.entries[row].key, reason=why.reason, detail=why.detail)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.ledger.files)
+    def texts(self, *, is_first: bool) -> Iterator[bytes]:
+        """The good entries in meta_lat.json, with what goes before them."""
+        bucket = self.ledger.columns["bucket"]
+        for row in self.ledger.rows(KEPT).tolist():
+            yield b"{\n" if is_first else b",\n"
+            yield self.entries[row].text(*bucket[row].tolist())
+            is_first = False
+
+    def add_to(self, index: IndexWriter) -> None:
+        kept = self.ledger.rows(KEPT)
+        columns = {name: column[kept] for name, column in self.ledger.columns.items()}
+        files = [self.ledger.files[number] for number in columns["file"].tolist()]
+        paths = pa.array([file.path for file in files], pa.string())
+        first = index.add_files(paths, np.array([file.num_bytes for file in files], np.int64), "per_image")
+        told = [self.entries[row].told for row in kept.tolist()]
+        parts = {
+            name: columns[whole][:, place].copy() for whole, names in PARTS.items() for place, name in enumerate(names)
+        }
+        index.add(
+            {
+                "key": [self.entries[row].key for row in kept.tolist()],
+                "tags": [one.tags for one in told],
+                "caption": [one.caption for one in told],
+                "file": np.arange(first, first + len(kept), dtype=np.int32),
+                "row": columns["at"],
+                "crc32": columns["crc32"],
+                **parts,
+            }
+        )
 
     def _commit(self, number: int, found: list[tuple[int, _Checked | Rejection]]) -> None:
         good = [(row, one) for row, one in found if isinstance(one, _Checked)]
@@ -233,7 +321,7 @@ def _problem(record: LatentRecord, entry: Entry) -> Rejection | None:
     infinite = [name for name, array in record.arrays() if not is_finite(array)]
     if infinite or not np.isfinite(record.crop_ltrb).all():
         return Rejection("nan_latent", f"values of {', '.join(infinite) or 'crop_ltrb'} are not finite")
-    told = entry.told.get("train_resolution")
+    told = entry.told.train_resolution
     if told is not None and tuple(told) != record.bucket:
         return Rejection("wrong_shape", f"latents of a bucket of {record.bucket}, and the metadata says {tuple(told)}")
     if min(record.bucket) < 8 or min(record.original_width_px, record.original_height_px) < 1:
@@ -253,74 +341,3 @@ def _ahead(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _write_metadata(config: ImportLatentsConfig, shards: Sequence[_Shard]) -> Path:
-    """meta_lat.json of the good ones, byte for byte as sd-scripts has it; one with other content is left alone."""
-    path = config.path.parent / "meta_lat.json"
-    if path.exists():
-        before = sha256_file(path)
-        if before == digest_of_pieces(_metadata(shards)):
-            return path
-        path = config.path.parent / "meta_lat.imported.json"
-    write_atomic(path, _metadata(shards))
-    return path
-
-
-def digest_of_pieces(pieces: Iterable[bytes]) -> str:
-    """SHA-256 of what the pieces make together."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _metadata(shards: Sequence[_Shard]) -> Iterator[bytes]:
-    """The bytes of json.dumps(…, indent=2)."""
-    separator = "{\n"
-    for shard in shards:
-        bucket = shard.ledger.columns["bucket"]
-        for row in shard.ledger.rows(KEPT).tolist():
-            entry = shard.entries[row]
-            whole = json.dumps({entry.key: entry.told | {"train_resolution": bucket[row].tolist()}}, indent=2)
-            yield (separator + whole[2:-2]).encode("ascii")
-            separator = ",\n"
-    yield b"\n}"
-
-
-def _write_index(latents: Path, shards: Sequence[_Shard], fingerprint: str, metadata_sha256: str) -> None:
-    made_from = digest_of(fingerprint, *(shard.ledger.path.name for shard in shards))
-    with IndexWriter(latents, fingerprint=fingerprint, made_from=made_from) as index:
-        for shard in shards:
-            kept = shard.ledger.rows(KEPT)
-            columns = {name: column[kept] for name, column in shard.ledger.columns.items()}
-            files = [shard.ledger.files[number] for number in columns["file"].tolist()]
-            first = index.add_files(
-                pa.array([file.path for file in files], pa.string()), np.array([file.num_bytes for file in files]),
-                "per_image",
-            )  # fmt: skip
-            told = [shard.entries[row].told for row in kept.tolist()]
-            sides = {
-                f"{what}_{side}_px": columns[name][:, place].copy()
-                for what, name in (("bucket", "bucket"), ("original", "size"))
-                for place, side in enumerate(("width", "height"))
-            }
-            crops = {
-                f"crop_{side}": columns["crop"][:, place].copy()
-                for place, side in enumerate(("left", "top", "right", "bottom"))
-            }
-            index.add(
-                {
-                    "key": [shard.entries[row].key for row in kept.tolist()],
-                    "tags": [one.get("tags") for one in told],
-                    "caption": [one.get("caption") for one in told],
-                    "file": np.arange(first, first + len(kept), dtype=np.int32),
-                    "row": columns["at"],
-                    "crc32": columns["crc32"],
-                    **sides,
-                    **crops,
-                }
-            )
-        index.finish(metadata_sha256=metadata_sha256)

@@ -74,7 +74,7 @@ def _members(folder: Path) -> list[Member]:
     """The files that the index names, else all. Raises: ConfigError: packed files."""
     if not LatentIndex.exists(folder):
         files = BareCache(folder).files()
-        return [Member(path.relative_to(folder).as_posix(), -1) for _, path in files]
+        return [Member(path.removeprefix(f"{folder}/"), -1) for _, path in files]
     index = LatentIndex.open(folder)
     members = []
     for batch in index.chunks(["file", "row", "crc32"]):
