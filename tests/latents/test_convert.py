@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from support.latent_sets import contents
+from support.latent_sets import collection, contents
 
 from sdxl_core.config import (
     CompactLatentsConfig,
@@ -21,7 +21,8 @@ from sdxl_core.config import (
     VerifyLatentsConfig,
 )
 from sdxl_core.errors import ConfigError, DataError, ShardError
-from sdxl_core.latents import LatentStore
+from sdxl_core.latents import LatentStore, encode
+from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.convert import compact
 from sdxl_core.latents.convert.compact import compact_latents
 from sdxl_core.latents.convert.importing import import_latents
@@ -232,6 +233,39 @@ def test_a_conversion_continues_where_it_was_killed_and_refuses_damage(
         convert_latents(config.model_copy(update={"out": folder.parent}))
     with pytest.raises(ConfigError, match="other settings"):
         convert_latents(config.model_copy(update={"packed_dtype": "float16"}))
+
+
+def test_a_lost_file_of_a_conversion_is_made_again_beside_those_of_its_group(tmp_path: Path) -> None:
+    folder = tmp_path / "given" / "latents"
+    sd_scripts_cache(folder)
+    for number in range(0, 20, 2):  # half of the pictures have no mask
+        np.savez(next(folder.rglob(f"{number:03}.npz")), **arrays_of(number, mask=False))
+    import_latents(ImportLatentsConfig(path=folder))
+    config = ConvertLatentsConfig(path=folder, out=tmp_path / "out", layout="packed")
+    assert convert_latents(config).num_files == 6
+    before = contents(tmp_path / "out")
+    for path in sorted((tmp_path / "out").rglob("*.npz")):
+        path.unlink()
+        convert_latents(config)
+        assert contents(tmp_path / "out") == before
+
+
+def test_cache_latents_goes_on_with_a_converted_set(make_job: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    config = make_job(collection(9) | {"bad.png": b"no picture"}, commit_size=4, shard_size=6)
+    ref = cache_latents(config)
+    convert_latents(ConvertLatentsConfig(path=config.out, out=tmp_path / "packed", layout="packed"))
+    changes = {"out": tmp_path / "packed", "layout": "packed", "packed_dtype": "float32"}
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "Engine", None)  # nothing is left to do
+        again = cache_latents(config.model_copy(update=changes))
+    assert (again.num_kept, again.num_rejected, again.buckets) == (ref.num_kept, ref.num_rejected, ref.buckets)
+    assert contents(tmp_path / "packed") == contents(config.out)
+    victim = sorted((tmp_path / "packed").rglob("*.npz"))[0]
+    data = bytearray(victim.read_bytes())
+    data[200] ^= 1
+    victim.write_bytes(data)
+    repaired = verify_latents(VerifyLatentsConfig(path=tmp_path / "packed", repair=True))
+    assert repaired.num_repaired and contents(tmp_path / "packed") == contents(config.out)
 
 
 def packed_set(tmp_path: Path, *, num: int = 40) -> Path:

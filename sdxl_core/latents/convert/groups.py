@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +33,15 @@ class GroupWriter:
     config: ConvertLatentsConfig
     dtype: PackedDtype
 
-    def write(self, number: int, items: Sequence[Item], rejected: dict[int, Rejection]) -> CommitGroup:
-        """Write and sync a group's files. Raises: DiskFullError.   DataError: values too large for float16."""
-        by_file = self._packed(number, items) if self.config.layout == "packed" else self._per_image(items)
+    def write(
+        self, number: int, items: Sequence[Item], rejected: dict[int, Rejection], *, taken: Collection[str]
+    ) -> CommitGroup:
+        """Write and sync a group's files.
+
+        Args:   taken: packed files that hold committed rows; none of them is written again.
+        Raises: DiskFullError.   DataError: values too large for float16.
+        """
+        by_file = self._packed(number, items, taken) if self.config.layout == "packed" else self._per_image(items)
         files: list[LatentFile] = []
         place: dict[int, tuple[int, int, int]] = {}
         for path, members, written in by_file:
@@ -64,17 +71,20 @@ class GroupWriter:
             files.append((path, [item], write_per_image(self.latents / path, item.record)))
         return files
 
-    def _packed(self, number: int, items: Sequence[Item]) -> list[tuple[str, list[Item], WrittenFile]]:
+    def _packed(
+        self, number: int, items: Sequence[Item], taken: Collection[str]
+    ) -> list[tuple[str, list[Item], WrittenFile]]:
         """One file a bucket; where some of its pictures have other arrays (a mask, say), one for each kind."""
         alike: dict[tuple[tuple[int, int], tuple[str, ...]], list[Item]] = {}
         for item in items:
             names = tuple(name for name, _ in item.record.arrays())
             alike.setdefault((item.record.bucket, names), []).append(item)
-        files = []
-        seen: dict[tuple[int, int], int] = {}
+        files: list[tuple[str, list[Item], WrittenFile]] = []
+        used = set(taken)
         for ((width_px, height_px), _), members in sorted(alike.items()):
-            kind = seen[width_px, height_px] = seen.get((width_px, height_px), -1) + 1
-            path = f"packed/{width_px}x{height_px}/{self.digest[:16]}-{number}{f'.k{kind}' if kind else ''}.npz"
+            stem = f"packed/{width_px}x{height_px}/{self.digest[:16]}-{number}"
+            path = next(name for name in (f"{stem}{f'.{n}' if n else ''}.npz" for n in count()) if name not in used)
+            used.add(path)
             keys, records = [item.key for item in members], [item.record for item in members]
             files.append((path, members, write_packed(self.latents / path, keys, records, self.dtype)))
         return files

@@ -20,7 +20,7 @@ from sdxl_core.latents.convert.reindex import Move, rewrite_index
 from sdxl_core.latents.formats import LatentRecord, PackedFile, read_per_image
 from sdxl_core.latents.formats.packed import PackedDtype
 from sdxl_core.latents.index import LatentIndex
-from sdxl_core.latents.ledger import KEPT, OPEN, REJECTED, REMOVED, ShardLedger
+from sdxl_core.latents.ledger import KEPT, OPEN, REJECTED, REMOVED, LatentFile, ShardLedger
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, write_rows
 from sdxl_core.latents.settings import fingerprint_of, read_settings, settings_path
 from sdxl_core.latents.verify import latents_folder
@@ -132,6 +132,7 @@ class _Shard:
         )  # fmt: skip
         self._after = ShardLedger.read(self.rows, self._old.num_rows)
         self._after.settle(latents)
+        self._continues = bool(self._after.files)
         self._open = lru_cache(maxsize=MAX_OPEN)(PackedFile)
 
     def convert(self, config: ConvertLatentsConfig, dtype: PackedDtype) -> tuple[int, int, int]:
@@ -145,14 +146,22 @@ class _Shard:
                 state = self._before.columns["state"][rows]
                 items = list(pool.map(self._item, rows[state == KEPT].tolist()))
                 rejected = {row: self._before.rejected[row] for row in rows[state == REJECTED].tolist()}
-                self._after.commit(writer.write(number, items, rejected))
+                self._after.commit(writer.write(number, items, rejected, taken=self._taken()))
                 if (state == REMOVED).any():
                     self._after.remove(rows[state == REMOVED])
         if not self._after.is_done:
             self._after.close(dict(self._before.report or {}))
-        kept = self._after.rows(KEPT)
-        files = [self._after.files[number] for number in np.unique(self._after.columns["file"][kept]).tolist()]
-        return len(kept), len(files), sum(file.num_bytes for file in files)
+        files = self._used()
+        return len(self._after.rows(KEPT)), len(files), sum(file.num_bytes for file in files)
+
+    def _used(self) -> list[LatentFile]:
+        """Files that hold committed rows."""
+        numbers = np.unique(self._after.columns["file"][self._after.rows(KEPT)])
+        return [self._after.files[number] for number in numbers.tolist()]
+
+    def _taken(self) -> set[str]:
+        """Their paths, where a run continues an earlier one: a group of it may have lost a file and kept another."""
+        return {file.path for file in self._used()} if self._continues else set()
 
     def _item(self, row: int) -> Item:
         table = self._old.table
