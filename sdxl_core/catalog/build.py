@@ -164,11 +164,12 @@ def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
 
 def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joined) -> None:
     """The vocabulary over all parts, each part's tags as positions in it, and the rows of every record."""
-    spelled, maps = _unified(parts)
+    spelled, ids = _unified(parts)
+    maps = [piece.values.to_numpy() for piece in ids]
     split = pc.split_pattern(spelled, "\0", max_splits=1)
     counts = np.zeros(len(spelled), np.int64)
-    for part, ids in zip(parts, maps, strict=True):
-        counts[ids] += part.vocabulary["count"].to_numpy()
+    for part, tags in zip(parts, maps, strict=True):
+        counts[tags] += part.vocabulary["count"].to_numpy()
         part.forget()
     if joined.pointers is not None:
         counts = _counts_of(parts, maps, joined.pointers["tags"], len(spelled))
@@ -183,7 +184,7 @@ def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joine
     write_arrow(joined_path(out, identity, "vocabulary"), vocabulary)
     write_arrow(
         joined_path(out, identity, "tag_map"),
-        pa.RecordBatch.from_arrays([pa.array(maps, pa.large_list(pa.uint32()))], names=["ids"]),
+        pa.RecordBatch.from_arrays([ids], names=["ids"]),
     )
     if joined.pointers is not None:
         write_arrow(
@@ -194,21 +195,22 @@ def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joine
         )
 
 
-def _unified(parts: Sequence[Part]) -> tuple[pa.Array, list[Ints]]:
+def _unified(parts: Sequence[Part]) -> tuple[pa.Array, pa.LargeListArray]:
     """All tags as `category NUL tag`, in order of first appearance, and where each part's tags stand among them.
 
     One part at a time: the tags of all parts together are many times the tags that differ.
     """
     known = pa.array([], pa.string())
-    maps: list[Ints] = []
-    for part in parts:
+    offsets = np.concatenate([[0], np.cumsum([len(part.vocabulary) for part in parts], dtype=np.int64)])
+    ids = np.empty(int(offsets[-1]), np.uint32)
+    for part, begin, end in zip(parts, offsets, offsets[1:], strict=False):
         vocabulary = part.vocabulary
         texts = pc.binary_join_element_wise(vocabulary["category"].cast(pa.string()), vocabulary["tag"], "\0")
         new = texts.filter(pc.is_null(pc.index_in(texts, known)))
         known = pa.concat_arrays([known, new])
-        maps.append(pc.index_in(texts, known).to_numpy().astype(np.uint32))
+        ids[begin:end] = pc.index_in(texts, known).to_numpy()
         part.forget()
-    return known, maps
+    return known, pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids))
 
 
 def _counts_of(
