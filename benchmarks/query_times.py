@@ -1,0 +1,64 @@
+"""What queries of catalogs cost within one process, by a scan and through the index; the two answers are compared.
+
+python benchmarks/query_times.py CATALOG …     (each with its index, as `sdxl-flows catalog` makes them)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+from measure import machine
+from query import FULL, PLAIN
+
+from sdxl_core.catalog.records import Catalog
+from sdxl_core.query.grammar import parse
+from sdxl_core.query.index import open_index
+from sdxl_core.query.select import select_by_scan
+
+QUERIES = (PLAIN, "1girl pink_hair -comic ( cat_ears or fox_ears )", FULL)
+SCANS, RUNS = 3, 21
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("catalogs", type=Path, nargs="+")
+    options = parser.parse_args()
+    print(f"{machine()}; load before: {os.getloadavg()[0]:.1f}\n")
+    print(
+        "| rows | query | pictures | scan, ms | scan, cpu s a million | index, ms | first, ms | index, ms a million |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for path in options.catalogs:
+        catalog = Catalog.open(path)
+        for text in QUERIES:
+            told(catalog, text)
+
+
+def told(catalog: Catalog, text: str) -> None:
+    """One row of the table: medians of cpu time."""
+    query, index = parse(text), open_index(catalog)
+    assert index is not None, "make the catalog with its index"
+    scans, runs = [], []
+    for _ in range(SCANS):
+        start = time.process_time()
+        scanned = select_by_scan(catalog, query).records
+        scans.append(time.process_time() - start)
+    for _ in range(RUNS):
+        start = time.process_time()
+        found = index.select(query).records
+        runs.append(time.process_time() - start)
+    assert found.tolist() == scanned.tolist()
+    scan, run, millions = statistics.median(scans), statistics.median(runs[1:]), catalog.num_records / 1e6
+    print(
+        f"| {catalog.num_records:,} | `{text}` | {len(found):,} | {scan * 1e3:,.0f} | {scan / millions:.2f} | "
+        f"{run * 1e3:.2f} | {runs[0] * 1e3:.1f} | {run * 1e3 / millions:.2f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
