@@ -8,6 +8,7 @@ then the run keeps an index of its own in `OUT/state/dataset/`, made from the JS
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def _own_index(config: TrainConfig) -> LatentIndex:
     folder = config.out / "state" / "dataset"
     status = config.metadata.stat()
     made_from = digest_of(str(config.metadata), status.st_size, status.st_mtime_ns, str(config.latents))
-    if LatentIndex.exists(folder):
+    with suppress(DataError):  # none yet, or a damaged one: it is made again
         index = LatentIndex.open(folder)
         if index.made_from == made_from:
             return index

@@ -83,6 +83,8 @@ def test_a_cache_of_sd_scripts_gets_an_index_in_the_run_folder_once(
     made_ns = end.stat().st_mtime_ns
     assert first.num_samples == 7 and sorted(latents.iterdir()) == before, "their folder is not written to"
     assert read_training_set(run).digest == first.digest and end.stat().st_mtime_ns == made_ns
+    end.write_bytes(end.read_bytes()[:-9])
+    assert read_training_set(run).digest == first.digest, "a damaged one is made again"
     entries = orjson.loads(metadata.read_bytes())
     entries["pic00"]["tags"] = "another"
     metadata.write_bytes(orjson.dumps(entries))
