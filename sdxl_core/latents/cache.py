@@ -11,12 +11,12 @@ from contextvars import copy_context
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.devices import SlotDied, Slots, resolve_devices
 from sdxl_core.files import remove_stale_partials, write_atomic
-from sdxl_core.latents.encode import encode_shard, shard_is_finished
 from sdxl_core.latents.join import join_latents
 from sdxl_core.latents.ledger import LEDGER, OPEN, ShardLedger, read_summary
 from sdxl_core.latents.plan import STAGE, LatentPlan
 from sdxl_core.latents.plan import plan_latents as _plan_latents
 from sdxl_core.latents.rows import LEDGER_FOLDER, shard_file
+from sdxl_core.latents.shards import shard_is_finished
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentSetRef, LatentShardRef, ShardRef
@@ -68,6 +68,15 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
     if not (path.exists() and path.read_bytes() == text):
         write_atomic(path, text)
     return plan
+
+
+def encode_shard(
+    shard: ShardRef, config: CacheLatentsConfig, device: str, *, progress: Progress = no_progress
+) -> LatentShardRef:
+    """As `encode.encode_shard`, which is imported only where there is something to encode: torch takes seconds."""
+    from sdxl_core.latents import encode
+
+    return encode.encode_shard(shard, config, device, progress=progress)
 
 
 def _encode_here(left: list[ShardRef], plan: LatentPlan, config: CacheLatentsConfig, progress: Progress) -> None:

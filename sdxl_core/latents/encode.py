@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,11 @@ from sdxl_core.latents.ledger import (
     CommitGroup,
     LatentFile,
     Rejection,
-    ShardLedger,
-    Summary,
-    finished,
     read_summary,
 )
 from sdxl_core.latents.quarantine import Attempts
 from sdxl_core.latents.rows import ShardRows
+from sdxl_core.latents.shards import reference, settled, shard_is_finished
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentShardRef, ShardRef
 
@@ -40,21 +37,6 @@ Ints = np.ndarray[Any, np.dtype[Any]]
 _Written = tuple[list[tuple[str, WrittenFile]], list[int], list[int], list[int]]
 MAX_FLOAT16 = 65_504.0
 _IN_A_BATCH = ("nan_latent",)  # reasons that are found out within a batch: the picture was part of it
-
-
-def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShardRef | None:
-    """A finished shard's reference if every file is as it was written, else None.
-
-    Opens no picture, and latents only where their time differs (a copied cache). The caller holds the output's lock.
-    """
-    latents = config.out / "latents"
-    summary = finished(shard.path, latents)
-    if summary is None and shard.path.exists():
-        ledger = _settled(shard, latents)
-        if ledger.is_done:
-            ledger.summarise()
-            summary = read_summary(shard.path)
-    return None if summary is None else _reference(shard, summary)
 
 
 def encode_shard(
@@ -74,13 +56,7 @@ def encode_shard(
     summary = read_summary(shard.path)
     if summary is None:
         raise ShardError(f"{shard.path}: its ledger was changed meanwhile. Run cache-latents again.")
-    return _reference(shard, summary)
-
-
-def _settled(shard: ShardRef, latents: Path) -> ShardLedger:
-    ledger = ShardLedger.read(shard.path, shard.stop - shard.start)
-    ledger.settle(latents)
-    return ledger
+    return reference(shard, summary)
 
 
 class _ShardEncoder:
@@ -90,7 +66,7 @@ class _ShardEncoder:
         self._shard, self._config, self._device, self._progress = shard, config, device, progress
         self._latents = config.out / "latents"
         self._rows = ShardRows.open(shard.path)
-        self._ledger = _settled(shard, self._latents)
+        self._ledger = settled(shard, self._latents)
         self._attempts = Attempts(shard.path)
         try:
             self._names = self._rows.table["name"]
@@ -254,19 +230,3 @@ def _fits(record: LatentRecord, dtype: str) -> bool:
     """Whether no value becomes infinite in `dtype`."""
     arrays = (array for name, array in record.arrays() if name != "alpha_mask")
     return dtype == "float32" or all(float(np.abs(array).max(initial=0)) < MAX_FLOAT16 for array in arrays)
-
-
-def _reference(shard: ShardRef, summary: Summary) -> LatentShardRef:
-    report = summary.report
-    return LatentShardRef(
-        index=shard.index,
-        digest=shard.digest,
-        ledger=summary.path,
-        num_seen=summary.num_kept + summary.num_rejected + summary.num_removed,
-        num_kept=summary.num_kept,
-        num_rejected=summary.num_rejected,
-        images_per_s=report["images_per_s"],
-        bound_by=report["bound_by"],
-        device=report["device"],
-        seconds=report["seconds"],
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.latents.rows import FORMAT, LEDGER_FOLDER
+from sdxl_core.latents.tables import checked_json, parse_checked
+
+VAE = "vae.json"
 
 # Settings that change what is stored; the others only change how fast it is made.
 SHAPING = (
@@ -26,9 +30,7 @@ def check_settings(config: CacheLatentsConfig) -> str:
 
     Raises: ConfigError: other settings.   DataError: what was remembered is damaged.
     """
-    from sdxl_core.models.load import vae_fingerprint
-
-    settings: dict[str, Any] = {"format": FORMAT, "vae": vae_fingerprint(config.vae)}
+    settings: dict[str, Any] = {"format": FORMAT, "vae": _vae_fingerprint(config)}
     settings |= {
         name: getattr(config, name) for name in SHAPING if _OF_LAYOUT.get(name, config.layout) == config.layout
     }
@@ -40,6 +42,31 @@ def check_settings(config: CacheLatentsConfig) -> str:
         if old.get(name) != value:
             raise _refused(config, name, old.get(name), value)
     return fingerprint_of(old)
+
+
+def _vae_fingerprint(config: CacheLatentsConfig) -> str:
+    """The VAE's identity, kept beside the settings as long as its files are the same: reading it takes seconds."""
+    path = config.out / "latents" / LEDGER_FOLDER / VAE
+    looks = _looks_of(config.vae)
+    told = parse_checked(path.read_bytes()) if path.exists() else None
+    if told is not None and told["looks"] == looks:
+        return str(told["fingerprint"])
+    from sdxl_core.models.load import vae_fingerprint
+
+    fingerprint = vae_fingerprint(config.vae)
+    write_atomic(path, checked_json({"looks": looks, "fingerprint": fingerprint}))
+    return fingerprint
+
+
+def _looks_of(vae: str) -> str:
+    """Names, sizes and times of a VAE's files; of the tiny preset, which has none, what it is made from."""
+    if vae == "tiny":
+        preset = Path(__file__).parents[1] / "models" / "configs" / "tiny" / "vae.json"
+        versions = (importlib.metadata.version(name) for name in ("torch", "diffusers"))
+        return digest_of(preset.read_bytes(), *versions)
+    path = Path(vae)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return digest_of(vae, *(f"{file}|{file.stat().st_size}|{file.stat().st_mtime_ns}" for file in files))
 
 
 def settings_path(latents: Path) -> Path:
