@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from sdxl_core.catalog.parts import key_hashes
 
 Ints = np.ndarray[Any, np.dtype[Any]]
-_PIECE = 1 << 20
+_PIECE = 65_536
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -46,7 +46,7 @@ class NameTable:
 
 
 def hashes_of(names: pa.Array) -> Ints:
-    """uint64: a hash of each name, in pieces, so that no more than a few hundred megabytes are used meanwhile."""
+    """uint64: a hash of each name, in pieces, so that a few ten megabytes are used meanwhile."""
     pieces = [key_hashes(names.slice(start, _PIECE)).to_numpy() for start in range(0, len(names), _PIECE)]
     return np.concatenate([*pieces, np.zeros(0, np.uint64)])
 

@@ -159,7 +159,9 @@ class _Wanted:
 
     def __init__(self, pictures: Pictures, keys: pa.LargeStringArray, entry: Ints, position: Ints, num_seen: int):
         self.pictures, self.keys, self.entry, self.position, self.num_seen = pictures, keys, entry, position, num_seen
-        self.identity = identities(pictures.places.take(pa.array(position)))
+        pieces = (position[start : start + _ROWS_AT_ONCE] for start in range(0, len(position), _ROWS_AT_ONCE))
+        found = [identities(pictures.places.take(pa.array(piece))) for piece in pieces]
+        self.identity = np.concatenate([*found, np.zeros(0, np.uint64)])
 
     @classmethod
     def read(cls, config: CacheLatentsConfig, source: PictureSource, pictures: Pictures, rejected: Path) -> _Wanted:
