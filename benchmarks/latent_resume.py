@@ -3,8 +3,8 @@
     python benchmarks/latent_resume.py WORK [--rows 12400000]
 
 Makes a set as cache-latents leaves it, but for the latents: plan, ledgers and index are made by the code that is
-measured, the packed files are sparse and of the right size. Rows at N, 4N and 16N = --rows; WORK needs about 700 bytes a
-row. Every step is a process of its own, interpreter start and imports included.
+measured, the packed files are sparse and of the right size. Rows at N, 4N and 16N = --rows; WORK needs about 700 bytes
+a row. Every step is a process of its own, interpreter start and imports included.
 """
 
 from __future__ import annotations

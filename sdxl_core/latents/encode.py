@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class _ShardEncoder:
 
     def __init__(self, shard: ShardRef, config: CacheLatentsConfig, device: str, progress: Progress) -> None:
         self._shard, self._config, self._device, self._progress = shard, config, device, progress
+        self._context = copy_context()  # the caller's run, in its artifacts: progress is told from another thread
         self._latents = config.out / "latents"
         self._rows = ShardRows.open(shard.path)
         self._ledger = settled(shard, self._latents)
@@ -182,7 +184,7 @@ class _ShardEncoder:
         )
         self._attempts.committed(group.number)
         done = self._rows.num_rows - len(self._ledger.rows(OPEN))
-        self._progress("latents", done, self._rows.num_rows)
+        self._context.run(self._progress, "latents", done, self._rows.num_rows)
 
     def _write_per_image(self, number: int, encoded: Sequence[tuple[int, EncodedPicture]]) -> _Written:
         files, checksums = [], []
