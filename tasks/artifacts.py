@@ -111,6 +111,12 @@ def show_shards(shards: list[LatentShardRef]) -> None:
     create_table_artifact(key="latents-shards", table=rows, description=f"{len(rows)} latent shards")
 
 
+@never_failing("a page")
+def show_page(path: Path, *, key: str, title: str) -> None:
+    """A link to a page that was drawn."""
+    create_link_artifact(key=key, link=path.resolve().as_uri(), link_text=path.name, description=title)
+
+
 @never_failing("a result")
 def show_buckets(ref: LatentSetRef) -> None:
     """The bucket histogram as markdown, and the mean aspect-ratio error."""

@@ -7,7 +7,7 @@ from sdxl_core.devices import Slots
 from sdxl_core.latents import cache as core
 from sdxl_core.latents import verify as core_verify
 from sdxl_core.refs import LatentSetRef, LatentShardRef, ShardRef, VerifiedRef
-from tasks.artifacts import ProgressArtifact, show_buckets, show_result, show_shards
+from tasks.artifacts import ProgressArtifact, show_buckets, show_page, show_result, show_shards
 from tasks.policies import CACHED, ONCE, RETRIED
 
 
@@ -30,6 +30,7 @@ def join_latents(config: CacheLatentsConfig, plan: core.LatentPlan, shards: list
     show_result(ref, key="latents", title="Latents")
     show_buckets(ref)
     show_shards(shards)
+    show_page(core.draw_page(config, ref), key="latents-page", title="The latents to look at")
     return ref
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from pathlib import Path
 
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.devices import SlotDied, Slots, resolve_devices
@@ -24,6 +25,7 @@ from sdxl_core.refs import LatentSetRef, LatentShardRef, ShardRef
 __all__ = [
     "LatentPlan",
     "cache_latents",
+    "draw_page",
     "encode_shard",
     "encode_shard_in_slots",
     "join_latents",
@@ -56,7 +58,16 @@ def cache_latents(config: CacheLatentsConfig, *, progress: Progress = no_progres
                 ThreadPoolExecutor(len(devices)) as threads,
             ):
                 list(threads.map(lambda shard: encode_shard_in_slots(shard, config, slots), left))
-        return join_latents(config, plan, progress=progress)
+        ref = join_latents(config, plan, progress=progress)
+        draw_page(config, ref)
+        return ref
+
+
+def draw_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
+    """`out/latents.html`: the set to look at."""
+    from sdxl_core.report.latents_page import write_latents_page
+
+    return write_latents_page(config, ref)
 
 
 def plan_latents(config: CacheLatentsConfig) -> LatentPlan:

@@ -8,6 +8,7 @@ few kilobytes a shard and looks at each file once, instead of parsing millions o
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,7 @@ class CommitGroup:
 class ShardLedger:
     """A shard's ledger as read. `columns`: COLUMNS by name, an entry a row.
 
+    commits: when a group was recorded (seconds since 1970, for people), and how many rows it kept.
     report: how the shard was encoded, once it is done.   is_damaged: it has lines that are none of ours; `settle` drops
     them.
     """
@@ -103,6 +105,7 @@ class ShardLedger:
     files: list[LatentFile] = field(default_factory=list)
     rejected: dict[int, Rejection] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    commits: list[tuple[float, int]] = field(default_factory=list)
     report: dict[str, Any] | None = None
     is_damaged: bool = False
 
@@ -131,8 +134,9 @@ class ShardLedger:
 
     def commit(self, group: CommitGroup) -> None:
         """Record a group whose files are synced."""
-        self._append({name: getattr(group, name) for name in CommitGroup.__slots__ if name != "rejected"}
-                     | {"rejected": [[row, *why] for row, why in group.rejected.items()]})  # fmt: skip
+        record = {name: getattr(group, name) for name in CommitGroup.__slots__}
+        rejected = [[row, *why] for row, why in group.rejected.items()]
+        self._append(record | {"rejected": rejected, "time": round(time.time(), 1)})
 
     def lose(self, rows: Sequence[int] | Ints) -> None:
         """Record that rows have no good latents any more: they are open again, and will be encoded."""
@@ -193,6 +197,7 @@ class ShardLedger:
             "used": np.unique(self.columns["file"][kept]).tolist(),
             "rejected": [[row, *why] for row, why in sorted(self.rejected.items())],
             "counts": [len(kept), len(self.rows(REJECTED)), len(self.rows(REMOVED))],
+            "commits": self.commits,
             "report": self.report,
         }
         write_table(self.path.with_name(self.path.name.removesuffix(LEDGER) + SUMMARY),
@@ -237,6 +242,7 @@ class ShardLedger:
                 self._set([row for row, *_ in record["rejected"]], REJECTED)
                 self.rejected |= {row: Rejection(*why) for row, *why in record["rejected"]}
                 self.notes += record["notes"]
+                self.commits.append((float(record["time"]), len(record["rows"])))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             return False
         return True
@@ -266,6 +272,7 @@ class Summary:
     num_kept: int
     num_rejected: int
     num_removed: int
+    commits: list[tuple[float, int]]
     report: dict[str, Any]
     ledger: tuple[int, int]
 
@@ -286,7 +293,16 @@ def read_summary(rows: Path) -> Summary | None:
         files = [LatentFile(*file) for file in words["files"]]
         kept, refused, removed = words["counts"]
         return Summary(
-            path, files, words["used"], rejected, kept, refused, removed, words["report"], tuple(words["ledger"])
+            path,
+            files,
+            words["used"],
+            rejected,
+            kept,
+            refused,
+            removed,
+            words["commits"],
+            words["report"],
+            tuple(words["ledger"]),
         )
     except (ShardError, FileNotFoundError, KeyError, TypeError, ValueError):
         return None

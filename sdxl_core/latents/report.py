@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import SdxlFlowsError
 from sdxl_core.images.decode import BadPicture, decode
 from sdxl_core.latents.index import LatentIndex
+from sdxl_core.latents.ledger import read_summary
 from sdxl_core.latents.matching import NameTable
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows
 from sdxl_core.latents.store import LatentStore
@@ -51,6 +53,35 @@ def contact_sheet(config: CacheLatentsConfig, *, num_pictures: int) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def channel_statistics(latents: Path, *, num_pictures: int = 256) -> list[tuple[float, float]]:
+    """Mean and standard deviation of each channel, over pictures spread evenly over the set."""
+    store, index = LatentStore(latents), LatentIndex.open(latents)
+    rows = np.unique(np.linspace(0, index.num_rows - 1, min(num_pictures, index.num_rows)).astype(np.int64))
+    sums, squares, count = np.zeros(4), np.zeros(4), 0
+    for key in index.take(rows, ["key"])["key"].to_pylist():
+        try:
+            values = store.read(key).latents.astype(np.float64).reshape(4, -1)
+        except SdxlFlowsError:
+            continue
+        sums, squares, count = sums + values.sum(axis=1), squares + (values**2).sum(axis=1), count + values.shape[1]
+    means = sums / max(count, 1)
+    deviations = np.sqrt(np.maximum(squares / max(count, 1) - means**2, 0))
+    return list(zip(means.tolist(), deviations.tolist(), strict=True))
+
+
+def speed_over_time(latents: Path, *, num_points: int = 60) -> list[tuple[float, float]]:
+    """(hours since the first commit, pictures a second around then), of all devices together."""
+    paths = (latents / LEDGER_FOLDER).glob(f"*{ENDING}")
+    commits = sorted(commit for path in paths if (known := read_summary(path)) for commit in known.commits)
+    if len(commits) < 2 or commits[-1][0] <= commits[0][0]:
+        return []
+    times, counts = np.array(commits).T
+    edges = np.linspace(times[0], times[-1], min(num_points, len(commits)) + 1)
+    sums, _ = np.histogram(times[1:], edges, weights=counts[1:])  # the first commit's pictures came before it
+    middles = (edges[1:] + edges[:-1]) / 2 - times[0]
+    return list(zip((middles / 3600).tolist(), (sums / np.diff(edges)).tolist(), strict=True))
 
 
 def false_colour(latents: NDArray[np.float32]) -> Image.Image:

@@ -13,7 +13,7 @@ from support.latent_sets import collection, contents, snapshot
 
 from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
 from sdxl_core.errors import DataError, SdxlFlowsError, ShardError
-from sdxl_core.latents import LatentStore, encode
+from sdxl_core.latents import LatentStore
 from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.formats import write_per_image
 from sdxl_core.latents.ledger import LatentFile, ShardLedger
@@ -99,13 +99,13 @@ def test_repair_encodes_exactly_what_is_bad_to_the_same_bytes(
         else:
             flip(path, 30 if damage == "header" else 500)
     written: list[int] = []
-    commit = encode.ShardLedger.commit
+    commit = ShardLedger.commit
 
     def watched(ledger: Any, group: Any) -> None:
         written.extend(group.rows)
         commit(ledger, group)
 
-    monkeypatch.setattr(encode.ShardLedger, "commit", watched)
+    monkeypatch.setattr(ShardLedger, "commit", watched)
     ref = verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
     findings = [json.loads(line) for line in ref.findings.read_text().splitlines()]
     bad = {key for finding in findings for key in finding["keys"]}

@@ -1,0 +1,79 @@
+"""latents.html: what a latent set holds, on one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+
+from sdxl_core.config import CacheLatentsConfig
+from sdxl_core.files import write_atomic
+from sdxl_core.latents.report import channel_statistics, contact_sheet, speed_over_time
+from sdxl_core.refs import LatentSetRef
+from sdxl_core.rejected import count_reasons, read_rejected
+from sdxl_core.report.charts import bar_chart, line_chart
+from sdxl_core.report.page import STYLE
+from sdxl_core.summary import describe
+
+NUM_PICTURES, NUM_REJECTED = 24, 200
+# Means and deviations of SDXL's unscaled latents, by channel. Source: latents_mean and latents_std in the VAE config of
+# Playground v2.5, which uses SDXL's VAE.
+USUAL = ((-1.6574, 8.4927), (1.886, 5.9022), (-1.383, 6.5498), (2.5155, 5.2299))
+
+
+def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
+    """Draw `out/latents.html`, unless it was drawn of this very set. Returns its path."""
+    path = config.out / "latents.html"
+    mark = f"<!-- {ref.metadata.sha256} {ref.num_kept} {ref.num_rejected} -->".encode()
+    if path.exists():
+        with open(path, "rb") as file:
+            if file.read(len(mark)) == mark:
+                return path
+    sheet = base64.b64encode(contact_sheet(config, num_pictures=NUM_PICTURES)).decode()
+    speed = speed_over_time(ref.path)
+    parts = [
+        f"<p>{escape(describe(ref))}</p>",
+        f"<h2>Buckets</h2>{bar_chart(ref.buckets)}",
+        "<h2>Pictures and their latents</h2>",
+        f"<img alt='pictures beside their latents' src='data:image/png;base64,{sheet}'>",
+        "<p class='note'>left the picture, right its latents as kept: cropped to the bucket, in false colour</p>",
+        f"<h2>Latents by channel</h2>{_channels(config, ref)}",
+        f"<h2>Speed</h2>{line_chart({'all devices': speed}, x_label='hours', y_label='pictures a second')}",
+        _rejected(ref),
+    ]
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(config.out.name)}: latents</title>"
+        f"<style>{STYLE}</style><main><h1>{escape(config.out.name)}: latents</h1>{''.join(parts)}</main></html>"
+    )
+    write_atomic(path, mark + page.encode())
+    return path
+
+
+def _channels(config: CacheLatentsConfig, ref: LatentSetRef) -> str:
+    rows = "".join(
+        f"<tr><td>{number}</td><td>{mean:.2f}</td><td>{deviation:.2f}</td><td>{usual_mean:.2f}</td><td>{usual:.2f}</td></tr>"
+        for number, ((mean, deviation), (usual_mean, usual)) in enumerate(
+            zip(channel_statistics(ref.path), USUAL, strict=True)
+        )
+    )
+    tiny = " The tiny VAE has random weights: its latents need not be in this range." if config.vae == "tiny" else ""
+    return (
+        "<table><tr><th>channel</th><th>mean</th><th>deviation</th><th>SDXL: mean</th><th>deviation</th></tr>"
+        f"{rows}</table><p class='note'>unscaled, over at most 256 pictures. Far from SDXL's range something is wrong: "
+        f"another VAE, or pictures of one kind only.{tiny}</p>"
+    )
+
+
+def _rejected(ref: LatentSetRef) -> str:
+    rows = [row for row in read_rejected(ref.rejected) if row.stage == "latents"]
+    reasons = "".join(
+        f"<tr><td>{escape(name)}</td><td>{count}</td></tr>" for name, count in count_reasons(rows).items()
+    )
+    shown = "".join(
+        f"<tr><td>{escape(row.key)}</td><td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>"
+        for row in rows[:NUM_REJECTED]
+    )
+    if not rows:
+        return "<h2>Rejected</h2><p>No picture was rejected.</p>"
+    more = f"<p>and {len(rows) - NUM_REJECTED} more in rejected.jsonl</p>" if len(rows) > NUM_REJECTED else ""
+    return f"<h2>Rejected: {len(rows)}</h2><table>{reasons}</table><table>{shown}</table>{more}"

@@ -1,0 +1,45 @@
+"""The page of a latent set: what is on it, and that it is drawn once."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.latent_sets import collection, contents
+
+from sdxl_core.latents.cache import cache_latents
+from sdxl_core.latents.report import channel_statistics, speed_over_time
+
+
+@pytest.mark.parametrize("layout", ["per_image", "packed"])
+def test_the_page_shows_buckets_pictures_channels_speed_and_what_was_rejected(make_job: Any, layout: str) -> None:
+    config = make_job(collection(9) | {"bad.png": b"<b>"}, layout=layout, commit_size=2)
+    ref = cache_latents(config)
+    page = (config.out / "latents.html").read_text()
+    for words in ("Buckets", "data:image/png;base64,", "Latents by channel", "Speed", "Rejected: 1", "undecodable"):
+        assert words in page, words
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page), "the page needs something beside it"
+    before = (config.out / "latents.html").stat().st_mtime_ns
+    assert cache_latents(config) == ref
+    assert (config.out / "latents.html").stat().st_mtime_ns == before
+
+
+def test_channels_are_told_as_they_are(make_job: Any) -> None:
+    config = make_job(collection(5))
+    cache_latents(config)
+    arrays = [np.frombuffer(found[0][0][2], np.float32).reshape(4, -1) for found in contents(config.out).values()]
+    values = np.concatenate(arrays, axis=1)
+    told = channel_statistics(config.out / "latents")
+    np.testing.assert_allclose([mean for mean, _ in told], values.mean(axis=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose([deviation for _, deviation in told], values.std(axis=1), rtol=1e-4)
+
+
+def test_speed_is_pictures_by_time(make_job: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = iter(range(1000, 10**6, 2))
+    monkeypatch.setattr("sdxl_core.latents.ledger.time.time", lambda: float(next(clock)))
+    config = make_job(collection(12), commit_size=3)
+    cache_latents(config)
+    points = speed_over_time(config.out / "latents")
+    assert sum(rate for _, rate in points) / len(points) == pytest.approx(9 / 6)
+    assert speed_over_time(tmp_path) == []
