@@ -228,6 +228,8 @@ class Conversion:
     def _captions_and_data(self) -> None:
         separator = self._text("caption_separator")
         self._set("caption_separator", "train.caption_separator", ", " if separator.strip() == "," else separator)
+        if self._has("enable_wildcard"):
+            self.values["train.caption_line"] = "random"  # two things in one switch there
         if self._has("max_token_length"):
             self._set("max_token_length", "train.max_token_length", int(self._number("max_token_length")))
         if self._has("enable_wildcard"):

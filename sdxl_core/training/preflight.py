@@ -60,16 +60,22 @@ def check_writable(config: TrainConfig) -> None:
 def check_latents(config: TrainConfig, training_set: TrainingSet) -> None:
     """Look at a few latents, spread over the whole set: shape, bucket and scale.
 
-    Raises: DataError: names the picture, and what its latents are instead.
+    Raises: DataError: names the picture, and what its latents are instead.   ConfigError: masked_loss without masks.
     """
     store = LatentStore(config.latents)
     numbers = np.unique(np.linspace(0, training_set.num_samples - 1, NUM_LOOKED_AT).astype(np.int32))
-    deviations = []
+    deviations, has_masks = [], False
     for sample in training_set.take(numbers):
         record = store.read(sample.key)
         check_record(config, sample, record)
+        has_masks |= record.alpha_mask is not None
         latents = record.latents[np.isfinite(record.latents)]  # what is not is the trainer's to name
         deviations += [float(latents.astype(np.float32).std())] if latents.size else []
+    if config.masked_loss and not has_masks:
+        raise ConfigError(
+            f"masked_loss: {config.latents} holds no masks (none of {len(numbers)} pictures looked at has one). Run "
+            f"cache-latents with alpha_mask into another folder, or train without masked_loss."
+        )
     deviation = float(np.median(deviations)) if deviations else LEAST_DEVIATION
     if not LEAST_DEVIATION <= deviation <= MOST_DEVIATION:
         raise DataError(

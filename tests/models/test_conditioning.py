@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from sdxl_core.models import SdxlModels, TokenIds, component_config, encode_prompts, load_models, time_ids, tokenize
+from sdxl_core.training.denoiser import Denoiser
 
 CAPTIONS = ["", "a photo of an astronaut riding a horse", "1girl, solo, " * 60, "!!!", "astolfo_(fate), pink hair"]
 BOS, EOS = 49406, 49407
@@ -70,6 +71,28 @@ def test_time_ids_match_diffusers(pipeline: StableDiffusionXLPipeline) -> None:
     )
     assert ours.dtype == torch.float32
     assert torch.equal(ours, theirs.expand(2, 6))
+
+
+@torch.no_grad()
+def test_the_trainers_forward_pass_is_the_pipelines(pipeline: StableDiffusionXLPipeline, tiny: SdxlModels) -> None:
+    """Text, sizes and noisy latents to a prediction: as StableDiffusionXLPipeline.__call__ puts them together."""
+    captions = ["a boat", "1girl, solo, blue hair"]
+    noisy = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([7, 903])
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, device="cpu")
+    ids = pipeline._get_add_time_ids((640, 960), (0, 16), (64, 96), torch.float32, text_encoder_projection_dim=32)
+    theirs = pipeline.unet(
+        noisy, timesteps, encoder_hidden_states=embeds,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": ids.expand(2, 6)},
+    ).sample  # fmt: skip
+    sizes = [torch.tensor([size] * 2) for size in ((640, 960), (0, 16), (64, 96))]
+    tokens = tokenize(captions, max_token_length=75)
+    denoiser = Denoiser(tiny.unet, tiny.text_encoder, tiny.text_encoder_2)
+    ours = denoiser(
+        noisy, timesteps, tokens.clip_l, tokens.clip_g,
+        time_ids(original_size=sizes[0], crop_top_left=sizes[1], target_size=sizes[2]),
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def one_caption(ids: list[int], num_chunks: int) -> TokenIds:

@@ -170,6 +170,13 @@ def test_what_is_left_unsaid_is_sd_scripts_default(tmp_path: Path) -> None:
          {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}),
         ("--block_lr=" + ",".join(["0", *["1e-6"] * 22]), {"block_lr": (0.0, *[1e-6] * 22)}),
         ("--max_token_length=225 --caption_dropout_rate 0.1", {"max_token_length": 225, "caption_dropout_rate": 0.1}),
+        (
+            "--enable_wildcard --weighted_captions --caption_prefix best --caption_tag_dropout_rate=0.1",
+            {
+                "enable_wildcard": True, "caption_line": "random", "weighted_captions": True, "caption_prefix": "best",
+                "caption_tag_dropout_rate": 0.1,
+            },
+        ),
         ("--v_parameterization --zero_terminal_snr", {"prediction_type": "v_prediction", "zero_terminal_snr": True}),
         ("--save_every_n_steps=100 --save_last_n_steps=300 --save_state",
          {"save_model_every_steps": 100, "keep_models": 3, "save_every_steps": 100}),

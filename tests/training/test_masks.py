@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from sdxl_core.config import TrainConfig
+from sdxl_core.errors import ConfigError
 from sdxl_core.training.batches import BatchMaker
+from sdxl_core.training.preflight import check_latents
 from sdxl_core.training.training_set import read_training_set
 
 
@@ -32,3 +35,10 @@ def test_a_batch_has_the_masks_of_its_pictures(make_latents: Callable[..., tuple
         assert set(found) == ({"pic00", "pic03"} if masked else set())
         if masked:
             assert torch.equal(found["pic03"], torch.from_numpy(alpha)) and found["pic00"].min() == 1
+
+
+def test_masked_loss_without_masks_is_refused(config: Callable[..., TrainConfig]) -> None:
+    run = config(masked_loss=True)
+    with pytest.raises(ConfigError, match=r"masked_loss: .* holds no masks .* Run cache-latents with alpha_mask"):
+        check_latents(run, read_training_set(run))
+    check_latents(config(), read_training_set(config()))

@@ -29,7 +29,9 @@ EVERYTHING: dict[str, Any] = {
 PLAIN: dict[str, Any] = {
     "optimizer": "adamw", "weights_dtype": "float32", "mixed_precision": "no", "gradient_checkpointing": False,
 }  # fmt: skip
-GOLDEN = Path(__file__).parents[1] / "golden" / "loss_20_steps.txt"
+V_ZERO: dict[str, Any] = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+FLOW: dict[str, Any] = {"prediction_type": "rectified_flow", "flow_shift": 3.0}
+GOLDEN = Path(__file__).parents[1] / "golden" / "loss_50_steps.txt"
 
 
 def checkpoint(config: TrainConfig) -> dict[str, Tensor]:
@@ -213,15 +215,36 @@ def test_one_step_equals_a_plain_diffusers_script(train: Train, config: Configur
     assert error < 1e-3, "a first AdamW step is a sign, so single elements with almost no gradient may differ"
 
 
-def test_loss_of_20_steps_is_golden(train: Train, config: Configure, request: pytest.FixtureRequest) -> None:
-    """To record it anew after a wanted change: delete tests/golden/loss_20_steps.txt and run this test once."""
-    run = config(**PLAIN, max_train_steps=20, learning_rate_te1=1e-4, learning_rate_te2=1e-4, caption_dropout_rate=0.2)
+def test_loss_of_50_steps_is_golden(train: Train, config: Configure, request: pytest.FixtureRequest) -> None:
+    """To record it anew after a wanted change: delete tests/golden/loss_50_steps.txt and run this test once."""
+    run = config(**PLAIN, max_train_steps=50, learning_rate_te1=1e-4, learning_rate_te2=1e-4, caption_dropout_rate=0.2)
     assert train(run)
     losses = [value for _, value in scalars(run)["loss"]]
     if not GOLDEN.exists():
         GOLDEN.write_text("".join(f"{loss:.7f}\n" for loss in losses))
         pytest.fail(f"{GOLDEN} was missing and has been written; look at it and commit it")
     assert losses == pytest.approx([float(line) for line in GOLDEN.read_text().split()], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "markers"),
+    [
+        (V_ZERO | {"min_snr_gamma": 5.0, "optimizer": "lion8bit"}, {"v_pred", "ztsnr"}),
+        (FLOW | {"loss_type": "huber", "weights_rounding": "kahan"}, set()),
+        ({"weighted_captions": True, "caption_prefix": "(big:1.5)", "multires_noise_iterations": 4}, set()),
+    ],
+)  # fmt: skip
+def test_other_objectives_and_optimizers_train_save_and_draw(
+    train: Train, config: Configure, options: dict[str, Any], markers: set[str]
+) -> None:
+    run = config(
+        **options, max_train_steps=2, learning_rate_te2=1e-4, sample_prompts=["a boat"], sample_size_px=64,
+        sample_inference_steps=2,
+    )  # fmt: skip
+    assert train(run)
+    assert {key for key in checkpoint(run) if "." not in key} == markers
+    assert all(np.isfinite(value) for _, value in scalars(run)["loss"])
+    assert len(list((run.out / "samples").glob("*.png"))) == 1
 
 
 def test_checkpointing_activations_changes_no_number(train: Train, config: Configure) -> None:
