@@ -16,7 +16,7 @@ from typing import Literal
 
 REQUIRED = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "bitsandbytes", "pillow",
             "opencv-python-headless", "numpy", "orjson", "pydantic", "pyarrow", "tensorboard", "tqdm",
-            "instant-clip-tokenizer", "isal")  # fmt: skip
+            "instant-clip-tokenizer", "isal", "pyspng")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

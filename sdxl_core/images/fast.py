@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_core.vectors import clear_vector_state
+
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type; palettes are Pillow's
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -140,6 +142,8 @@ def _inflate(compressed: bytes, num_bytes: int) -> bytes | None:
         raw: bytes = inflater.decompress(compressed, num_bytes + 1)
     except isal_zlib.error:  # type: ignore[misc]
         return None
+    finally:
+        clear_vector_state()
     return raw if len(raw) == num_bytes and inflater.eof else None
 
 
