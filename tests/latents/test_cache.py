@@ -3,11 +3,8 @@
 import hashlib
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from support.latent_sets import collection, committed, snapshot
+from support.latent_sets import collection, snapshot
 from support.pictures import bomb, encoded, picture
 
 from sdxl_core.buckets import BucketTable
@@ -308,37 +305,6 @@ def test_training_never_sees_latents_that_were_not_committed(make_job: Any) -> N
     )  # fmt: skip
     with pytest.raises(ShardError, match="other bytes than were committed"):
         store.read("000")
-
-
-RUN = (
-    "import sys\nfrom sdxl_core.config import CacheLatentsConfig\nfrom sdxl_core.latents.cache import cache_latents\n"
-    "config = CacheLatentsConfig.model_validate_json(sys.argv[1])\n"
-    "print('go', flush=True)\ncache_latents(config)\n"
-)
-
-
-def test_a_cache_killed_at_random_moments_ends_like_an_undisturbed_one(make_job: Any, tmp_path: Path) -> None:
-    config = make_job(collection(60) | {"bad.png": b"x", "cut.jpg": collection()["001.jpg"][:300]},
-                      shard_size=25, commit_size=4, batch_size=2)  # fmt: skip
-    calm = config.model_copy(update={"out": tmp_path / "calm"})
-    cache_latents(calm)
-    rng = random.Random(3)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    num_before = 0
-    for _ in range(4):
-        with subprocess.Popen(
-            [sys.executable, "-c", RUN, config.model_dump_json()], env=environment, stdout=subprocess.PIPE
-        ) as process:
-            assert process.stdout is not None and process.stdout.readline() == b"go\n"
-            latents, wanted = config.out / "latents", num_before + rng.randint(1, 12)
-            while process.poll() is None and len(list(latents.glob("**/*.npz"))) < wanted:
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-        num_before = len(list(latents.glob("**/*.npz")))
-    assert committed(config.out) >= num_before - config.commit_size - config.batch_size
-    assert 0 < num_before < 60
-    cache_latents(config)
-    assert snapshot(config.out) == snapshot(calm.out)
 
 
 def test_the_plan_refuses_what_is_not_there(make_job: Any, tmp_path: Path) -> None:
