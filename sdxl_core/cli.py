@@ -196,6 +196,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--width-px", type=int, default=1024, metavar="N", help="of the largest bucket (default: 1024)")
     plan.add_argument("--height-px", type=int, default=1024, metavar="N", help="(default: 1024)")
     _add_set(plan)
+    _add_preset(plan)
     export = _command(commands, "export", "a saved training state as a model file", _export)
     export.add_argument("state", type=Path, metavar="STATE", help="a folder such as OUT/state/step-00001000")
     export.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
@@ -208,7 +209,9 @@ def _plan(options: argparse.Namespace) -> None:
     if options.job is not None:
         train = _read_job(options).train
     else:
-        values = {} if options.config is None else read_toml(options.config)
+        from sdxl_core.presets import under_training
+
+        values = under_training(options.preset, {} if options.config is None else read_toml(options.config))
         values = {key: value for key, value in values.items() if key in TrainOptions.model_fields}
         train = check(TrainOptions, apply_overrides(values, options.overrides), where="sdxl-flows plan")
     card_bytes = None if options.card_gb is None else int(options.card_gb * 2**30)

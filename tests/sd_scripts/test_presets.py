@@ -40,6 +40,17 @@ def test_an_unknown_preset_names_those_there_are() -> None:
         read_preset("48gb")
 
 
+@pytest.mark.parametrize("preset", ["24gb-single", "4x24gb"])
+def test_the_presets_for_24_gb_fit_by_the_plan(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SDXL in full: the plan is made from shapes, a job file or nothing beside the preset."""
+    job = tmp_path / "job.toml"
+    job.write_text('out = "o"\nsource.path = "s"\n[train]\nbase_model = "sdxl.safetensors"\n')
+    main(["plan", str(job), "--preset", preset, "--card-gb", "24"])
+    of_job = capsys.readouterr().out
+    main(["plan", "--preset", preset, "--set", "base_model=sdxl.safetensors", "--card-gb", "24"])
+    assert capsys.readouterr().out == of_job and "3,378,094,596 of 3,385,184,004 parameters train" in of_job
+
+
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["presets"])
     assert "4x24gb" in capsys.readouterr().out
