@@ -3,6 +3,7 @@
 from prefect import flow
 
 from flows.fan_out import gather
+from flows.resuming import resuming
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.devices import Slots, resolve_devices
 from sdxl_core.latents.cache import shard_is_finished, watch_progress
@@ -13,6 +14,7 @@ from tasks.latents import encode_shard, join_latents, plan_latents
 
 
 @flow(name="cache-latents", description=CacheLatentsConfig.__doc__)
+@resuming
 def cache_latents(config: CacheLatentsConfig) -> LatentSetRef:
     with output_lock(config.out / "latents", purpose="cache-latents"):
         plan = plan_latents(config)

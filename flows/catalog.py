@@ -3,6 +3,7 @@
 from prefect import flow
 
 from flows.fan_out import gather
+from flows.resuming import resuming
 from sdxl_core.catalog.build import finished_part
 from sdxl_core.catalog.config import CatalogConfig
 from sdxl_core.refs import CatalogRef
@@ -12,6 +13,7 @@ PARTS_AT_ONCE = 8
 
 
 @flow(name="catalog", description=CatalogConfig.__doc__)
+@resuming
 def catalog(config: CatalogConfig) -> CatalogRef:
     plans = plan_catalog(config)
     parts = gather(

@@ -5,6 +5,7 @@ from prefect import flow
 from flows.cache_latents import cache_latents
 from flows.finetune import finetune
 from flows.merge_tags import merge_tags
+from flows.resuming import resuming
 from flows.service.notifications import notify_about_this_run
 from flows.subset import subset
 from sdxl_core.config import JobConfig
@@ -14,6 +15,7 @@ from tasks.records import finish_run, record_stage
 
 
 @flow(name="pipeline", description=JobConfig.__doc__)
+@resuming
 def pipeline(job: JobConfig) -> RunRef:
     notify_about_this_run(job.notify)
     check_job(job)

@@ -6,6 +6,7 @@ SdxlFlowsError              base: prints as one paragraph, no traceback, exit st
 │   ├── ShardError          a shard's own files
 │   └── CheckpointError     model weights or training state
 ├── LockedError             another process works on this output
+├── CrashLoopError          a run's process has died again and again
 ├── DiskFullError           no room left; everything finished is kept
 ├── TrainingError           the trainer stopped
 └── TransientError          may go away by itself: the only kind a task retries
@@ -37,7 +38,15 @@ class CheckpointError(DataError):
 
 
 class LockedError(SdxlFlowsError):
-    """Another live process holds this output folder."""
+    """Another live process holds this output folder. `run`: what that process said it belongs to, "" if nothing."""
+
+    def __init__(self, text: str, run: str = "") -> None:
+        super().__init__(text)
+        self.run = run
+
+
+class CrashLoopError(SdxlFlowsError):
+    """A run has been started too often, and never came to an end."""
 
 
 class DiskFullError(SdxlFlowsError):

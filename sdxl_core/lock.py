@@ -29,6 +29,7 @@ ABANDONED_AFTER_S = 60.0
 BEATS_WATCHED = 2.5  # how long an old heartbeat is watched before it counts as standing still
 BEATS_MISSED = 3  # how often a holder may find its lock gone before it counts it as lost
 LOCK_NAME = ".lock"
+HOLDER_RUN = "SDXL_FLOWS_RUN"  # environment: what this process belongs to, for those who find its lock
 
 
 @dataclass(slots=True)
@@ -104,6 +105,7 @@ def _acquire(path: Path, purpose: str, wait_s: float) -> str:
             "pid": os.getpid(),
             "started": process_start(os.getpid()),
             "purpose": purpose,
+            "run": os.environ.get(HOLDER_RUN, ""),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             "token": token,
         }
@@ -118,10 +120,12 @@ def _acquire(path: Path, purpose: str, wait_s: float) -> str:
             _take_away(path, holder)
             continue
         if time.monotonic() >= deadline:
+            run = str(holder.get("run", ""))
             raise LockedError(
                 f"{path.parent}: {holder.get('purpose')} is working on it since {holder.get('since')} (process "
-                f"{holder.get('pid')} on {holder.get('host')}). Wait until it has finished, or end it; if it is surely "
-                f"gone, delete {path}."
+                f"{holder.get('pid')} on {holder.get('host')}{', run ' + run if run else ''}). Wait until it has "
+                f"finished, or end it; if it is surely gone, delete {path}.",
+                run,
             )
         time.sleep(min(1.0, max(0.05, deadline - time.monotonic())))
     return token

@@ -53,8 +53,8 @@ class ByContent(CachePolicy):
 
 ONCE: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {
-    "retries": 3,
-    "retry_delay_seconds": [5, 30, 120],
+    "retries": 4,
+    "retry_delay_seconds": [5, 20, 80, 320],  # exponential
     "retry_jitter_factor": 0.3,
     "retry_condition_fn": is_transient,
 }

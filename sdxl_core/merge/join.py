@@ -11,6 +11,7 @@ from pathlib import Path
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import DataError
 from sdxl_core.files import atomic_writer, remove_stale_partials
+from sdxl_core.lock import LOCK_NAME
 from sdxl_core.merge.shards import BLOCK_BYTES, STAGE, damaged, rejected_rows, work_folder
 from sdxl_core.merge.tag_categories import write_tag_categories
 from sdxl_core.refs import MergeShardRef, MetadataRef
@@ -115,5 +116,5 @@ def _whole_json(shards: Iterable[MergeShardRef]) -> Iterator[bytes]:
 def _remove_old_work(config: MergeTagsConfig, shards: Sequence[MergeShardRef]) -> None:
     current = {shard.digest[:32] for shard in shards}
     for path in work_folder(config).iterdir():
-        if path.name.split(".")[0] not in current:
+        if path.name.split(".")[0] not in current and not path.name.startswith(LOCK_NAME):
             path.unlink(missing_ok=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from sdxl_core.catalog.records import is_catalog
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
-from sdxl_core.errors import ConfigError
 from sdxl_core.merge.folder import MIN_IMAGES_A_PROCESS, list_folder, merge_part, pieces_of_folder, plan_folder
 from sdxl_core.merge.join import join_shards
-from sdxl_core.merge.shards import any_finished, refuse_foreign, shard_is_merged, write_shard
+from sdxl_core.merge.shards import any_finished, check_out, merge_lock, shard_is_merged, write_shard
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import MergeShardRef, MetadataRef, ShardRef
 
@@ -24,9 +22,13 @@ T = TypeVar("T")
 def merge_tags(config: MergeTagsConfig, *, progress: Progress = no_progress) -> MetadataRef:
     """Plan, merge every shard (in several processes where there is much to do) and join.
 
-    Raises: ConfigError, DataError (no pictures; none with text), DiskFullError.
+    Raises: ConfigError, DataError (no pictures; none with text), LockedError, DiskFullError.
     """
-    _check_out(config.out)
+    with merge_lock(config):
+        return _merge_tags(config, progress)
+
+
+def _merge_tags(config: MergeTagsConfig, progress: Progress) -> MetadataRef:
     if is_catalog(config.source) or any_finished(config):
         shards = plan_merge(config)
         num_left = sum(shard.stop - shard.start for shard in shards if not shard_is_merged(shard, config))
@@ -59,7 +61,7 @@ def plan_merge(config: MergeTagsConfig) -> list[ShardRef]:
 
     Raises: ConfigError, DataError.
     """
-    _check_out(config.out)
+    check_out(config.out)
     if is_catalog(config.source):
         from sdxl_core.merge.records import plan_records
 
@@ -74,14 +76,3 @@ def merge_shard(shard: ShardRef, config: MergeTagsConfig) -> MergeShardRef:
 
         return write_shard(shard, config, pieces_of_records)
     return write_shard(shard, config, pieces_of_folder)
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir():
-        raise ConfigError(f"out = {out}: this is a folder; name the JSON file to write in it.")
-    refuse_foreign(out)
-    for parent in out.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise ConfigError(f"out = {out}: {parent} is a file, not a folder. Choose another place.")
-            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -14,6 +15,7 @@ import orjson
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import atomic_writer, write_atomic
+from sdxl_core.lock import output_lock
 from sdxl_core.processes import boot_id
 from sdxl_core.refs import MergeShardRef, ShardRef, to_json
 from sdxl_core.rejected import Rejected, read_rejected, write_rejected
@@ -188,6 +190,24 @@ def refuse_foreign(out: Path) -> None:
 def work_folder(config: MergeTagsConfig) -> Path:
     """Where the shards' listings and fragments are kept, beside the output."""
     return config.out.parent / f".{config.out.name}.work"
+
+
+def merge_lock(config: MergeTagsConfig) -> AbstractContextManager[None]:
+    """Hold one output against other merges. Raises: LockedError, ConfigError (`out` cannot be one)."""
+    check_out(config.out)
+    return output_lock(work_folder(config), purpose="merge-tags")
+
+
+def check_out(out: Path) -> None:
+    """Raises: ConfigError: this cannot become a metadata JSON, or would overwrite something else."""
+    if out.is_dir():
+        raise ConfigError(f"out = {out}: this is a folder; name the JSON file to write in it.")
+    refuse_foreign(out)
+    for parent in out.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ConfigError(f"out = {out}: {parent} is a file, not a folder. Choose another place.")
+            return
 
 
 def shard_path(config: MergeTagsConfig, digest: str) -> Path:

@@ -4,9 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
 
 ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
 
 
 class Service:
@@ -35,6 +40,31 @@ class Service:
             command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
         )
 
+    def submit(self, deployment: str, parameters: dict[str, Any]) -> UUID:
+        """Have a deployment run. Returns the run's id."""
+        with self.client() as client:
+            found = client.read_deployment_by_name(deployment)
+            return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
+
+    def wait_for(self, run: UUID, name: str, *, timeout_s: float = 120) -> Any:
+        """The run's state, once it has this name. Fails where it ended otherwise."""
+
+        def look() -> Any:
+            with self.client() as client:
+                state = client.read_flow_run(run).state
+            assert state is not None
+            is_there = state.name == name
+            assert is_there or not (state.is_completed() or state.is_failed() or state.is_cancelled()), state
+            return state if is_there else None
+
+        return wait_until(look, timeout_s=timeout_s, what=f"state {name} of run {run}")
+
+    def client(self) -> Any:
+        """A client of this service's server."""
+        from prefect.client.orchestration import SyncPrefectClient
+
+        return SyncPrefectClient(api=self.environment["PREFECT_API_URL"])
+
     def processes(self) -> list[int]:
         """Every process that was started with this service's home."""
         mark = f"SDXL_FLOWS_HOME={self.folder / 'home'}".encode()
@@ -47,3 +77,13 @@ class Service:
                 except (FileNotFoundError, PermissionError, ProcessLookupError):
                     continue
         return found
+
+
+def wait_until(look: Callable[[], T | None], *, timeout_s: float, what: str) -> T:
+    """What `look` gives once that is true, asked twice a second."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{what}: not within {timeout_s:.0f} s")
