@@ -32,7 +32,7 @@ def kept_bytes(
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     batch, tokens = options.train_batch_size, 75 * (options.max_token_length // 75) + 2
-    counter = _Counter({id(parameter.untyped_storage()._cdata) for parameter in unet.parameters()})
+    counter = _Counter({parameter.untyped_storage()._cdata for parameter in unet.parameters()})
     unet.disable_gradient_checkpointing()
     if options.gradient_checkpointing != "none":
         unet.enable_gradient_checkpointing(counter.recomputed)
@@ -93,7 +93,7 @@ class _Counter(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._seen or isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
+        if key in self._seen or key in self._weights:
             return tensor
         self._seen.add(key)
         self._alive.append(storage)

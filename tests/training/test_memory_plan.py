@@ -20,9 +20,11 @@ EVERYTHING: dict[str, Any] = {"learning_rate_te1": 1e-6, "learning_rate_te2": 1e
 
 
 def test_8bit_states_are_decided_by_the_whole_tensor() -> None:
-    """Divided among 4 processes, 104 of the U-Net's tensors are small enough to change sides by their piece's size."""
-    parameters = list(meta_module("unet", "sdxl").parameters())
-    assert sum(p.numel() for p in parameters) == 2_567_463_684
+    """Divided among 4 processes, 104 of SDXL's tensors are small enough to change sides by their piece's size."""
+    unet = list(meta_module("unet", "sdxl").parameters())
+    assert sum(p.numel() for p in unet) == 2_567_463_684
+    encoders = (meta_module(part, "sdxl") for part in ("text_encoder", "text_encoder_2"))
+    parameters = [*unet, *(parameter for encoder in encoders for parameter in encoder.parameters())]
     pieces = [piece_of_shape(tuple(p.shape), rank=0, num_ranks=4) for p in parameters]
     flipping = [piece for piece in pieces if piece.total >= MIN_8BIT_ELEMENTS > piece.count]
     assert len(flipping) == 104
@@ -55,8 +57,12 @@ def test_what_cannot_fit_is_refused_with_the_cheapest_change() -> None:
     large = TrainOptions(learning_rate_te1=1e-6, gradient_checkpointing="none")
     with pytest.raises(ConfigError, match=r'fits: gradient_checkpointing = "blocks" \(2\d\.\d\d GB\)'):
         check_card(large, "sdxl", card_bytes=24 * GIB, **SIZE)
+    small = TrainOptions(base_model="tiny", gradient_checkpointing="none", optimizer="adamw", train_batch_size=8)
     with pytest.raises(ConfigError, match="No change of settings makes it fit"):
-        check_card(large.model_copy(update={"optimizer": "adamw"}), "sdxl", card_bytes=6 * GIB, **SIZE)
+        check_card(small, "tiny", card_bytes=GIB // 2, **SIZE)
+    needed = plan_memory(small, "tiny", **SIZE).card_bytes
+    with pytest.raises(ConfigError, match=r"fits: cache_text_encoder_outputs = true \("):
+        check_card(small, "tiny", card_bytes=needed - 1, **SIZE)
 
 
 def test_checkpointing_keeps_less_and_batches_keep_more() -> None:
@@ -66,7 +72,7 @@ def test_checkpointing_keeps_less_and_batches_keep_more() -> None:
 
     kept = [activations(gradient_checkpointing=mode) for mode in ("none", "blocks", "all")]
     assert kept[0] > kept[1] > kept[2] > 0
-    assert 1.9 < activations(train_batch_size=4, gradient_checkpointing="none") / kept[0] / 2 <= 2.0
+    assert 3.9 < activations(train_batch_size=4, gradient_checkpointing="none") / kept[0] <= 4.0
 
 
 def test_the_disk_needed_is_what_a_state_takes(tmp_path: Path) -> None:
