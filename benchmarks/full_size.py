@@ -59,7 +59,7 @@ def make_base(path: Path, preset: str) -> None:
             if parameter.dim() == 1:
                 parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
         modules[part] = module
-    models = SdxlModels(preset=preset, **modules)
+    models = SdxlModels(preset=preset, **modules, logit_scale=torch.tensor(4.6052))
     save_single_file(path, models, precision="bf16", metadata=modelspec_metadata(title="random weights"))
 
 
@@ -102,15 +102,15 @@ def measure(folder: Path, preset: str) -> dict[str, object]:
 
     start = time.perf_counter()
     denoiser = run.denoiser
-    vae = load_models(str(base), parts=("vae",), dtype=torch.bfloat16).vae
+    kept = load_models(str(base), parts=("vae",), dtype=torch.bfloat16)
     parts = {part: getattr(denoiser, part) for part in PARTS}
-    models = SdxlModels(preset=preset, vae=vae, **parts)
+    models = SdxlModels(preset=preset, vae=kept.vae, logit_scale=kept.logit_scale, **parts)
     file = save_single_file(
         folder / "trained.safetensors", models, precision="bf16", metadata=modelspec_metadata(title="one step")
     )
     seconds["save"] = time.perf_counter() - start
     rss["saved"] = peak_gib()
-    del run, models, parts, denoiser, vae
+    del run, models, parts, denoiser, kept
     gc.collect()
 
     before, after = WeightFile(base), WeightFile(file.path)
