@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +18,16 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import SdxlFlowsError
 from sdxl_core.images.decode import BadPicture, decode
 from sdxl_core.latents.index import LatentIndex
-from sdxl_core.latents.ledger import read_summary
+from sdxl_core.latents.ledger import Summary, read_summary
 from sdxl_core.latents.matching import NameTable
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows
 from sdxl_core.latents.store import LatentStore
 from sdxl_core.refs import LatentSetRef
 
+MiddleDecoder = Callable[[NDArray[np.float32]], Image.Image]
 BAR_WIDTH = 40
 CELL_PX, GAP_PX, LABEL_PX, COLUMNS = 176, 8, 10, 2
-CELL_WIDTH_PX = 2 * CELL_PX + 3 * GAP_PX
+MIDDLE = 32  # latents a side that are decoded: 256 px, quick on a CPU too
 # Four channels to red, green, blue: a fixed linear map, so that equal latents look equal on every sheet.
 FALSE_COLOUR = np.array([[0.6, 0.0, 0.2], [0.0, 0.6, 0.2], [0.0, 0.2, 0.6], [0.3, -0.3, 0.0]], dtype=np.float32)
 
@@ -40,16 +43,19 @@ def bucket_histogram_text(ref: LatentSetRef) -> str:
 
 
 def contact_sheet(config: CacheLatentsConfig, *, num_pictures: int) -> bytes:
-    """A PNG: pictures of every bucket in turn, each beside its latents in false colour."""
+    """A PNG: pictures of every bucket in turn, each beside its latents in false colour; where the VAE is a trained one,
+    also beside what it makes of the middle of the latents."""
     store = LatentStore(config.out / "latents")
     shown = _spread(config, num_pictures)
-    cells = [cell for picture in shown if (cell := _cell(config, store, picture)) is not None]
+    decode_middle = None if config.vae == "tiny" or not shown else middle_decoder(config.vae)
+    cells = [cell for picture in shown if (cell := _cell(config, store, picture, decode_middle)) is not None]
     rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
     heights = [max(cell.height for cell in row) for row in rows]
-    sheet = Image.new("RGB", (COLUMNS * CELL_WIDTH_PX, max(1, sum(heights))), "#ffffff")
+    width = max((cell.width for cell in cells), default=CELL_PX)
+    sheet = Image.new("RGB", (COLUMNS * width, max(1, sum(heights))), "#ffffff")
     for number, row in enumerate(rows):
         for column, cell in enumerate(row):
-            sheet.paste(cell, (column * CELL_WIDTH_PX, sum(heights[:number])))
+            sheet.paste(cell, (column * width, sum(heights[:number])))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -73,8 +79,7 @@ def channel_statistics(latents: Path, *, num_pictures: int = 256) -> list[tuple[
 
 def speed_over_time(latents: Path, *, num_points: int = 60) -> list[tuple[float, float]]:
     """(hours since the first commit, pictures a second around then), of all devices together."""
-    paths = (latents / LEDGER_FOLDER).glob(f"*{ENDING}")
-    commits = sorted(commit for path in paths if (known := read_summary(path)) for commit in known.commits)
+    commits = sorted(commit for summary in _summaries(latents) for commit in summary.commits)
     if len(commits) < 2 or commits[-1][0] <= commits[0][0]:
         return []
     times, counts = np.array(commits).T
@@ -84,12 +89,47 @@ def speed_over_time(latents: Path, *, num_points: int = 60) -> list[tuple[float,
     return list(zip((middles / 3600).tolist(), (sums / np.diff(edges)).tolist(), strict=True))
 
 
+def shard_limits(latents: Path) -> tuple[Counter[str], Counter[str]]:
+    """How many shards were bound by which stage; the seconds of every stage, summed over shards (stages overlap)."""
+    bound, seconds = Counter[str](), Counter[str]()
+    for summary in _summaries(latents):
+        bound[str(summary.report.get("bound_by", "unknown"))] += 1
+        seconds.update(summary.report.get("seconds", {}))
+    return bound, seconds
+
+
+def _summaries(latents: Path) -> Iterator[Summary]:
+    paths = sorted((latents / LEDGER_FOLDER).glob(f"*{ENDING}"))
+    return (summary for path in paths if (summary := read_summary(path)) is not None)
+
+
 def false_colour(latents: NDArray[np.float32]) -> Image.Image:
     """float32 [4, h, w] as an RGB picture [h, w]: two standard deviations each way fill the range."""
     centred = latents - latents.mean(axis=(1, 2), keepdims=True)
     scaled = centred / (2 * centred.std() + 1e-6)
     rgb = np.einsum("chw,cr->hwr", scaled, FALSE_COLOUR) * 127.5 + 127.5
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+
+
+def middle_decoder(vae: str) -> MiddleDecoder:
+    """A function that decodes the middle of latents, float32 [4, h, w], unscaled, in float32 on the CPU.
+
+    Raises: ConfigError, CheckpointError: `vae` cannot be loaded.
+    """
+    import torch
+
+    from sdxl_core.models.load import load_vae
+
+    module = load_vae(vae, dtype=torch.float32)
+
+    def decode_middle(latents: NDArray[np.float32]) -> Image.Image:
+        top, left = (max(0, (side - MIDDLE) // 2) for side in latents.shape[1:])
+        middle = torch.from_numpy(latents[None, :, top : top + MIDDLE, left : left + MIDDLE].copy())
+        with torch.inference_mode():
+            pixels = module.decode(middle).sample[0].permute(1, 2, 0)
+        return Image.fromarray(pixels.mul(127.5).add(127.5).round().clamp(0, 255).byte().numpy())
+
+    return decode_middle
 
 
 class _Shown(NamedTuple):
@@ -134,19 +174,23 @@ def _places(config: CacheLatentsConfig, keys: list[str]) -> dict[str, ImagePlace
     return found
 
 
-def _cell(config: CacheLatentsConfig, store: LatentStore, shown: _Shown) -> Image.Image | None:
+def _cell(
+    config: CacheLatentsConfig, store: LatentStore, shown: _Shown, decode_middle: MiddleDecoder | None
+) -> Image.Image | None:
     """One picture, its latents and its key; None where either is gone."""
     try:
-        latents = false_colour(store.read(shown.key).latents.astype(np.float32))
+        latents = store.read(shown.key).latents.astype(np.float32)
         with ImageReader() as reader:
             data = reader.read(shown.place)
         picture = Image.fromarray(decode(data, compat=config.compat, background=config.background))
     except (SdxlFlowsError, BadPicture):
         return None
     picture.thumbnail((CELL_PX, CELL_PX))
-    scaled = [_fit(image) for image in (picture, latents)]
+    scaled = [_fit(image) for image in (picture, false_colour(latents))]
+    if decode_middle is not None:
+        scaled.append(_fit(decode_middle(latents)))
     height = max(image.height for image in scaled)
-    cell = Image.new("RGB", (CELL_WIDTH_PX, height + 3 * GAP_PX + LABEL_PX), "#ffffff")
+    cell = Image.new("RGB", (GAP_PX + len(scaled) * (CELL_PX + GAP_PX), height + 3 * GAP_PX + LABEL_PX), "#ffffff")
     for column, image in enumerate(scaled):
         cell.paste(image, (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX))
     name = shown.key if len(shown.key) <= 40 else "..." + shown.key[-37:]

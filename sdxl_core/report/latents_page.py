@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.files import write_atomic
-from sdxl_core.latents.report import channel_statistics, contact_sheet, speed_over_time
+from sdxl_core.latents.report import channel_statistics, contact_sheet, shard_limits, speed_over_time
 from sdxl_core.refs import LatentSetRef
 from sdxl_core.rejected import count_reasons, read_rejected
 from sdxl_core.report.charts import bar_chart, line_chart
@@ -36,9 +36,11 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
         f"<h2>Buckets</h2>{bar_chart(ref.buckets)}",
         "<h2>Pictures and their latents</h2>",
         f"<img alt='pictures beside their latents' src='data:image/png;base64,{sheet}'>",
-        "<p class='note'>left the picture, right its latents as kept: cropped to the bucket, in false colour</p>",
+        "<p class='note'>the picture, its latents as kept (cropped to the bucket, in false colour)"
+        f"{'' if config.vae == 'tiny' else ', what the VAE makes of their middle'}</p>",
         f"<h2>Latents by channel</h2>{_channels(config, ref)}",
         f"<h2>Speed</h2>{line_chart({'all devices': speed}, x_label='hours', y_label='pictures a second')}",
+        _limits(ref),
         _rejected(ref),
     ]
     page = (
@@ -50,17 +52,36 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
 
 
 def _channels(config: CacheLatentsConfig, ref: LatentSetRef) -> str:
-    rows = "".join(
-        f"<tr><td>{number}</td><td>{mean:.2f}</td><td>{deviation:.2f}</td><td>{usual_mean:.2f}</td><td>{usual:.2f}</td></tr>"
-        for number, ((mean, deviation), (usual_mean, usual)) in enumerate(
-            zip(channel_statistics(ref.path), USUAL, strict=True)
+    rows, is_far = "", False
+    for number, (mean, deviation) in enumerate(channel_statistics(ref.path)):
+        usual_mean, usual = USUAL[number]
+        far = abs(mean - usual_mean) > usual or not 0.5 < deviation / usual < 2
+        is_far = is_far or far
+        rows += (
+            f"<tr><td>{number}</td><td>{mean:.2f}</td><td>{deviation:.2f}</td><td>{usual_mean:.2f}</td>"
+            f"<td>{usual:.2f}</td><td>{'far off' if far else ''}</td></tr>"
         )
-    )
-    tiny = " The tiny VAE has random weights: its latents need not be in this range." if config.vae == "tiny" else ""
+    note = "Within SDXL's range."
+    if config.vae == "tiny":
+        note = "The tiny VAE has random weights: its latents need not be in SDXL's range."
+    elif is_far:
+        note = (
+            "Far off is a mean more than one deviation away, or less than half or more than twice the deviation: "
+            "another VAE than SDXL's, or pictures of one kind only."
+        )
     return (
-        "<table><tr><th>channel</th><th>mean</th><th>deviation</th><th>SDXL: mean</th><th>deviation</th></tr>"
-        f"{rows}</table><p class='note'>unscaled, over at most 256 pictures. Far from SDXL's range something is wrong: "
-        f"another VAE, or pictures of one kind only.{tiny}</p>"
+        "<table><tr><th>channel</th><th>mean</th><th>deviation</th><th>SDXL: mean</th><th>deviation</th><th></th></tr>"
+        f"{rows}</table><p class='note'>unscaled, over at most 256 pictures. {note}</p>"
+    )
+
+
+def _limits(ref: LatentSetRef) -> str:
+    bound, seconds = shard_limits(ref.path)
+    shards = ", ".join(f"{name} ({count} of {bound.total()} shards)" for name, count in bound.most_common())
+    stages = ", ".join(f"{name} {value:,.1f} s" for name, value in seconds.most_common() if value >= 0.05)
+    return (
+        f"<p class='note'>Bound by {escape(shards)}. Seconds by stage, summed over shards (stages overlap): "
+        f"{escape(stages) or 'none'}.</p>"
     )
 
 
@@ -70,10 +91,12 @@ def _rejected(ref: LatentSetRef) -> str:
         f"<tr><td>{escape(name)}</td><td>{count}</td></tr>" for name, count in count_reasons(rows).items()
     )
     shown = "".join(
-        f"<tr><td>{escape(row.key)}</td><td>{escape(row.reason)}</td><td>{escape(row.detail)}</td></tr>"
+        f"<tr><td>{escape(row.key)}</td><td>{escape(row.reason)}</td><td>{row.attempts}</td>"
+        f"<td style='white-space: normal'>{escape(row.detail)}</td></tr>"
         for row in rows[:NUM_REJECTED]
     )
     if not rows:
         return "<h2>Rejected</h2><p>No picture was rejected.</p>"
+    heading = "<table><tr><th>picture</th><th>reason</th><th>attempts</th><th>detail</th></tr>"
     more = f"<p>and {len(rows) - NUM_REJECTED} more in rejected.jsonl</p>" if len(rows) > NUM_REJECTED else ""
-    return f"<h2>Rejected: {len(rows)}</h2><table>{reasons}</table><table>{shown}</table>{more}"
+    return f"<h2>Rejected: {len(rows)}</h2><table>{reasons}</table>{heading}{shown}</table>{more}"

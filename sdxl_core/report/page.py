@@ -85,7 +85,8 @@ def _latents(record: dict[str, Any]) -> str:
     sheet = contact_sheet(config, num_pictures=NUM_PICTURES_SHOWN)
     return (
         f'<h2>Pictures and their latents</h2><img alt="pictures beside their latents" src="{_data_url(sheet)}">'
-        '<p class="note">left the picture, right its latents as cached: cropped to the bucket, in false colour</p>'
+        '<p class="note">left the picture, right its latents as cached: cropped to the bucket, in false colour. '
+        '<a href="latents.html">More about the latents</a></p>'
     )
 
 

@@ -1,15 +1,21 @@
 """The page of a latent set: what is on it, and that it is drawn once."""
 
+import base64
+import io
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 from support.latent_sets import collection, contents
 
 from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.report import channel_statistics, speed_over_time
+from sdxl_core.models.load import load_vae
 
 
 @pytest.mark.parametrize("layout", ["per_image", "packed"])
@@ -23,6 +29,20 @@ def test_the_page_shows_buckets_pictures_channels_speed_and_what_was_rejected(ma
     before = (config.out / "latents.html").stat().st_mtime_ns
     assert cache_latents(config) == ref
     assert (config.out / "latents.html").stat().st_mtime_ns == before
+
+
+def test_a_trained_vae_shows_what_it_makes_of_the_latents(make_job: Any, tmp_path: Path) -> None:
+    tensors = load_vae("tiny", dtype=torch.float32).state_dict()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "vae.safetensors")
+    files = dict(list(collection(4).items())[:2])
+    pages = []
+    for name, vae in (("tiny", "tiny"), ("trained", str(tmp_path / "vae.safetensors"))):
+        config = make_job(files, vae=vae, out=tmp_path / name)
+        cache_latents(config)
+        pages.append((config.out / "latents.html").read_text())
+    assert "of their middle" in pages[1] and "random weights" not in pages[1] and "random weights" in pages[0]
+    widths = [Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split("'")[0]))).width for page in pages]
+    assert widths[1] > 1.4 * widths[0] and "Bound by" in pages[1]
 
 
 def test_channels_are_told_as_they_are(make_job: Any) -> None:
