@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -21,7 +20,7 @@ from sdxl_core.cli import print_result
 from sdxl_core.config import JobConfig
 from sdxl_core.preflight import check_job
 from sdxl_core.refs import RunRef
-from sdxl_core.run_record import read_run_record, record_stage
+from sdxl_core.run_record import read_run_record, record_stage, summaries
 
 STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
     "catalog": catalog,
@@ -52,12 +51,9 @@ def run_job(job: JobConfig, *, as_json: bool) -> None:
         print(orjson.dumps(read_run_record(run.path), option=orjson.OPT_INDENT_2).decode())
         return
     print()
-    for line in summary_lines(run.path):
+    for line in summaries(run.path):
         print(line)
     print(f"look:   {run.report}")
+    if run.lineage is not None:
+        print(f"from:   {run.lineage}")
     print(f"curves: tensorboard --logdir {job.out / 'tensorboard'}")
-
-
-def summary_lines(path: Path) -> list[str]:
-    """What every stage of a run said, from its record."""
-    return [stage["summary"] for stage in read_run_record(path)["stages"].values()]

@@ -205,12 +205,16 @@ class CheckpointRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRef:
-    """A finished run: `path` is its run.json, `report` a page to look at."""
+    """A finished run: `path` is its run.json, `report` and `lineage` pages to look at.
+
+    `lineage`: None of a model that carries no record of its making (a diffusers folder).
+    """
 
     path: Path
     sha256: str
     checkpoint: Path
     report: Path
+    lineage: Path | None = None
 
 
 def to_json(ref: Any) -> dict[str, Any]:

@@ -6,20 +6,21 @@ import importlib.metadata
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel
 
 from sdxl_core import __version__
 from sdxl_core.config import JobConfig
-from sdxl_core.errors import DataError
+from sdxl_core.errors import CheckpointError, DataError
 from sdxl_core.files import sha256_file, write_atomic
 from sdxl_core.refs import RunRef, SubsetRef, to_json
 from sdxl_core.rejected import read_rejected, update_rejected
 from sdxl_core.report import write_report
 from sdxl_core.summary import describe
 
+C = TypeVar("C", bound=BaseModel)
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy", "prefect")
 
 
@@ -57,7 +58,7 @@ def record_stage(out: Path, stage: str, config: BaseModel, ref: Any) -> None:
 
 
 def finish_run(job: JobConfig) -> RunRef:
-    """Record the job's resolved config and draw the report: the last step of a whole run.
+    """Record the job's resolved config, draw the report and the lineage page: the last step of a whole run.
 
     Raises: DataError: a stage has left no entry in `run.json`.
     """
@@ -68,9 +69,24 @@ def finish_run(job: JobConfig) -> RunRef:
     config = job.model_dump(mode="json")
     if record.get("job") != config:
         _write(path, record | {"job": config})
-    report = write_report(job.out)
     checkpoint = Path(record["stages"]["train"]["result"]["file"]["path"])
-    return RunRef(path=path, sha256=sha256_file(path), checkpoint=checkpoint, report=report)
+    lineage = _write_lineage(checkpoint, job.out)
+    return RunRef(
+        path=path, sha256=sha256_file(path), checkpoint=checkpoint, report=write_report(job.out), lineage=lineage
+    )
+
+
+def _write_lineage(checkpoint: Path, out: Path) -> Path | None:
+    """`out/lineage.html`; None where the model carries no record of its making: the run is good without."""
+    from sdxl_core.lineage import trace
+    from sdxl_core.lineage.show import write_lineage_page
+
+    if not checkpoint.is_file():
+        return None
+    try:
+        return write_lineage_page(trace(checkpoint, run=out), out / "lineage.html")
+    except CheckpointError:
+        return None
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -86,3 +102,13 @@ def read_run_record(path: Path) -> dict[str, Any]:
     if isinstance(record, dict) and isinstance(record.get("stages"), dict):
         return record
     return {"format": 1, "stages": {}}
+
+
+def summaries(path: Path) -> list[str]:
+    """What every stage of a run said."""
+    return [stage["summary"] for stage in read_run_record(path)["stages"].values()]
+
+
+def stage_config(path: Path, stage: str, kind: type[C]) -> C:
+    """The parameters that a finished stage was run with."""
+    return kind.model_validate(read_run_record(path)["stages"][stage]["config"])

@@ -12,7 +12,6 @@ from uuid import UUID
 
 from prefect import get_run_logger, runtime
 from prefect.artifacts import (
-    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -20,10 +19,18 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
-from sdxl_core.refs import CheckpointRef, LatentSetRef, LatentShardRef, to_json
+from sdxl_core.config import CacheLatentsConfig
+from sdxl_core.latents.report import contact_sheet
+from sdxl_core.lineage import trace
+from sdxl_core.lineage.show import lineage_markdown
+from sdxl_core.refs import CheckpointRef, LatentSetRef, LatentShardRef, RunRef, to_json
 from sdxl_core.rejected import count_reasons, read_rejected
+from sdxl_core.report.pictures import previews_markdown, thumbnail_url
+from sdxl_core.run_record import summaries
 from sdxl_core.summary import describe
+from sdxl_core.training.checkpoints import list_checkpoints
 
+NUM_PICTURES = 8  # on the contact sheet
 MIN_SECONDS_BETWEEN_UPDATES = 10.0
 MIN_SECONDS_BETWEEN_EVENTS = 60.0
 PROGRESS_EVENT = "sdxl-flows.progress"  # what the "stuck" notification waits for
@@ -90,8 +97,8 @@ def show_result(ref: Any, *, key: str, title: str) -> None:
         lines += ["| rejected because | pictures |", "|---|---|"]
         lines += [f"| {reason} | {count} |" for reason, count in reasons.items()]
         lines += ["", f"Each with its reason: `{ref.rejected}`"]
+    lines += ["", f"Files: `{_place(ref)}`"]
     create_markdown_artifact(key=f"{key}-summary", markdown="\n".join(lines), description=title)
-    create_link_artifact(key=f"{key}-files", link=_link(ref), link_text=_link(ref), description=f"{title}: files")
 
 
 @never_failing("a result")
@@ -113,8 +120,8 @@ def show_shards(shards: list[LatentShardRef]) -> None:
 
 @never_failing("a page")
 def show_page(path: Path, *, key: str, title: str) -> None:
-    """A link to a page that was drawn."""
-    create_link_artifact(key=key, link=path.resolve().as_uri(), link_text=path.name, description=title)
+    """Where a page that was drawn is: a browser follows no file:// link of a served page."""
+    create_markdown_artifact(key=key, markdown=f"{title}: `{path.resolve()}`", description=title)
 
 
 @never_failing("a result")
@@ -129,21 +136,40 @@ def show_buckets(ref: LatentSetRef) -> None:
 
 @never_failing("a result")
 def show_checkpoint(ref: CheckpointRef) -> None:
-    """What was trained and how to look at its curves."""
+    """What was trained, every model file with size and digest, the previews, and how to look at the curves."""
     lines = [
         "# Checkpoint",
         "",
-        f"`{ref.file.path}`, {ref.file.num_bytes / 1e6:.1f} MB, SHA-256 `{ref.file.sha256}`",
+        f"`{ref.file.path}`: {ref.num_steps} steps on {ref.num_images} pictures, moving average loss "
+        f"{ref.final_avr_loss:.4f}.",
         "",
-        f"{ref.num_steps} steps on {ref.num_images} pictures, moving average loss {ref.final_avr_loss:.4f}.",
+        f"Curves: `tensorboard --logdir {ref.tensorboard}`, then [127.0.0.1:6006](http://127.0.0.1:6006). "
+        f"Resumable state: `{ref.state}`.",
         "",
-        f"Curves: `tensorboard --logdir {ref.tensorboard}`. Resumable state: `{ref.state}`.",
-        "",
-        *[f"* preview `{sample}`" for sample in ref.samples],
+        "| model file | MB | SHA-256 |",
+        "|---|---|---|",
     ]
+    files = list_checkpoints(ref.file.path.parent, ref.state) if ref.file.path.is_file() else [ref.file]
+    lines += [f"| `{file.path.name}` | {file.num_bytes / 1e6:.1f} | `{file.sha256}` |" for file in files]
+    lines += ["", "## Previews", "", *previews_markdown(ref.samples)] if ref.samples else []
     create_markdown_artifact(key="train-checkpoint", markdown="\n".join(lines), description="trained checkpoint")
 
 
-def _link(ref: Any) -> str:
+@never_failing("a result")
+def show_run(ref: RunRef, *, latents: CacheLatentsConfig) -> None:
+    """The report and the lineage. A browser opens no file:// link of a served page: what matters is in the artifact."""
+    sheet = thumbnail_url(contact_sheet(latents, num_pictures=NUM_PICTURES), max_side_px=1100)
+    lines = ["# The whole run", "", *[f"* {summary}" for summary in summaries(ref.path)], ""]
+    lines += [f"![pictures beside their latents]({sheet})", "", "Left the picture, right its latents as cached.", ""]
+    lines += [f"Report with all charts: `{ref.report}`"]
+    create_markdown_artifact(key="run-report", markdown="\n".join(lines), description="the whole run")
+    if ref.lineage is not None:
+        text = lineage_markdown(trace(ref.checkpoint, run=ref.path.parent))
+        create_markdown_artifact(
+            key="run-lineage", markdown=f"{text}\n\nAs a page: `{ref.lineage}`", description="from query to checkpoint"
+        )
+
+
+def _place(ref: Any) -> Path:
     path: Path = ref.file.path if isinstance(ref, CheckpointRef) else ref.path
-    return path.resolve().as_uri()
+    return path.resolve()

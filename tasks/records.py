@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_link_artifact
 from pydantic import BaseModel
 
 from sdxl_core import run_record as core
-from sdxl_core.config import JobConfig
+from sdxl_core.config import CacheLatentsConfig, JobConfig
 from sdxl_core.refs import RunRef
+from tasks.artifacts import show_run
 from tasks.policies import ONCE
 
 
@@ -21,7 +21,7 @@ def record_stage(out: Path, stage: str, config: BaseModel, ref: Any) -> None:
 
 @task(name="finish-run", **ONCE)
 def finish_run(job: JobConfig) -> RunRef:
-    """Record the whole job and draw its report."""
+    """Record the whole job, draw its report and its lineage, and show both."""
     ref = core.finish_run(job)
-    create_link_artifact(key="run-report", link=ref.report.resolve().as_uri(), description="report of the whole run")
+    show_run(ref, latents=core.stage_config(ref.path, "cache-latents", CacheLatentsConfig))
     return ref

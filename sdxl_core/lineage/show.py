@@ -14,6 +14,7 @@ from sdxl_core.report.charts import bar_chart
 from sdxl_core.report.page import STYLE
 
 NUM_TAGS_SHOWN, NUM_IMAGES_SHOWN = 30, 40
+MAX_METADATA_BYTES = 256 << 20  # of a meta_lat.json that is read whole to count its tags: about 250,000 pictures
 CHECK_WORDS = {"same": "unchanged", "changed": "CHANGED since", "gone": "not there"}
 CHAIN_STYLE = """
 ol.chain { list-style: none; padding: 0; } ol.chain li { background: #fff; border: 1px solid #d5dde3;
@@ -37,6 +38,31 @@ def lineage_text(lineage: Lineage) -> str:
     lines += ["", "  packages " + ", ".join(f"{name} {version}" for name, version in lineage.versions.items())]
     lines += [f"  {CHECK_WORDS[check.state]:13} {check.what}: {check.path}" for check in lineage.checks]
     return "\n".join(lines)
+
+
+def lineage_markdown(lineage: Lineage) -> str:
+    """The chain from query to checkpoint, what was checked, and the commonest tags, for the browser's artifacts."""
+    lines = [f"# How {lineage.file.name} came to be", "", "| stage | what it said | finished (UTC) |", "|---|---|---|"]
+    lines += [f"| query | {_cell(lineage.query or 'none: every picture of the source')} | |"]
+    lines += [
+        f"| {name} | {_cell(summary)} | {finished[:16].replace('T', ' ')} |"
+        for name, summary, finished in _chain(lineage)
+    ]
+    lines += [f"| checkpoint | {lineage.num_steps} steps, SHA-256 `{lineage.sha256}` | |", ""]
+    lines += [f"Made by {_code_words(lineage)}.", "", "| checked | what | where |", "|---|---|---|"]
+    lines += [f"| {CHECK_WORDS[check.state]} | {check.what} | `{check.path}` |" for check in lineage.checks]
+    if _fits_a_page(lineage.metadata):
+        lines += ["", "| tag | pictures |", "|---|---|"]
+        lines += [f"| {_cell(tag)} | {count} |" for tag, count in lineage.tag_counts().most_common(NUM_TAGS_SHOWN)]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _fits_a_page(metadata: Path | None) -> bool:
+    return metadata is not None and metadata.stat().st_size <= MAX_METADATA_BYTES
 
 
 def write_lineage_page(lineage: Lineage, path: Path) -> Path:
@@ -89,6 +115,8 @@ def _checks_html(lineage: Lineage) -> str:
 def _pictures_html(lineage: Lineage) -> str:
     if lineage.metadata is None:
         return "<h2>Pictures</h2><p>The run's meta_lat.json as it was is not at hand.</p>"
+    if not _fits_a_page(lineage.metadata):
+        return "<h2>Pictures</h2><p>Too many to count for a page: sdxl-flows lineage FILE --images lists them.</p>"
     images = list(lineage.images())
     tags = dict(lineage.tag_counts().most_common(NUM_TAGS_SHOWN))
     rows = "".join(

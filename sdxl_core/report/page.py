@@ -38,6 +38,7 @@ def write_report(out: Path) -> Path:
     record = orjson.loads((out / "run.json").read_bytes())
     parts = [
         _summary(record),
+        _lineage(out),
         _buckets(record),
         _latents(record),
         _curves(out),
@@ -63,6 +64,14 @@ def _summary(record: dict[str, Any]) -> str:
 def _summary_row(name: str, stage: dict[str, Any]) -> str:
     finished = stage["finished"][:16].replace("T", " ")
     return f"<tr><td>{escape(name)}</td><td>{escape(stage['summary'])}</td><td>{escape(finished)}</td></tr>"
+
+
+def _lineage(out: Path) -> str:
+    if not (out / "lineage.html").exists():
+        return ""
+    return (
+        '<p><a href="lineage.html">How the checkpoint came to be</a>: from the query to the file, and its pictures</p>'
+    )
 
 
 def _buckets(record: dict[str, Any]) -> str:

@@ -35,6 +35,19 @@ def picked_by(job: JobConfig) -> SubsetRef:
     return SubsetRef(**json.loads((job.out / "run.json").read_text())["stages"]["subset"]["result"])
 
 
+def artifacts(*keys: str) -> dict[str, str]:
+    """The text of the newest artifact of each key, as the server has it."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=list(keys))), sort=ArtifactSort.CREATED_DESC
+        )
+    return {str(artifact.key): str(artifact.data) for artifact in reversed(found)}
+
+
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
@@ -48,7 +61,14 @@ def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: J
 
     run = pipeline(job)
     out = job.out
-    for name in ("meta_cap_dd.json", "meta_lat.json", "model/last.safetensors", "run.json", "report.html"):
+    for name in (
+        "meta_cap_dd.json",
+        "meta_lat.json",
+        "model/last.safetensors",
+        "run.json",
+        "report.html",
+        "lineage.html",
+    ):
         assert (out / name).is_file(), name
     assert list(out.glob("tensorboard/**/events.out.tfevents.*")) and list(out.glob("samples/*.png"))
     metadata = json.loads((out / "meta_lat.json").read_text())
@@ -62,6 +82,15 @@ def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: J
     assert subset["num_seen"] == 51 == subset["num_kept"] + subset["num_unmatched"] + subset["num_rejected"]
     reasons = {row.key: row.reason for row in read_rejected(out / "rejected.jsonl")}
     assert reasons == {"zz_no_text": "no_caption", "zz_cut": "undecodable", "zz_small": "too_small"}
+
+    shown = artifacts("run-report", "run-lineage", "train-checkpoint")
+    assert shown["run-report"].count("](data:image/jpeg;base64,") == 1 and "38 of 51" in shown["run-report"]
+    assert (
+        "scenery -night" in shown["run-lineage"]
+        and record["stages"]["train"]["result"]["file"]["sha256"] in (shown["run-lineage"])
+    )
+    assert "| `last.safetensors` |" in shown["train-checkpoint"] and "tensorboard --logdir" in shown["train-checkpoint"]
+    assert shown["train-checkpoint"].count("](data:image/jpeg;base64,") == len(list(out.glob("samples/*.png")))
 
     before = files_below(out)
     assert pipeline(job) == run
