@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -41,3 +42,25 @@ def terminal_progress() -> Iterator[Progress]:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+class Summed:
+    """Progress of shards that are worked on at once, as that of all of them. `total`: of all shards."""
+
+    def __init__(self, progress: Progress, stage: str, total: int) -> None:
+        self._progress, self._stage, self._total = progress, stage, total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def part(self) -> Progress:
+        """Progress for one shard, in any thread."""
+        before = 0
+
+        def tell(stage: str, done: int, total: int, note: str = "") -> None:
+            nonlocal before
+            with self._lock:
+                self._done += done - before
+                before = done
+                self._progress(self._stage, self._done, self._total, note)
+
+        return tell

@@ -82,8 +82,41 @@ class ShardRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetPlanRef:
+    """Picks whose files will be placed, in shards. `path`: which records of which catalog.
+
+    `num_refused`: what the source has besides its records.
+    """
+
+    path: Path
+    digest: str
+    shards: tuple[ShardRef, ...]
+    num_refused: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedShardRef:
+    """Placed files of one shard of a subset; `path`: its ledger, that names them.
+
+    seen = kept + failed + pictures that no source has.   `num_failed`: pictures that could not be read.
+    """
+
+    index: int
+    digest: str
+    path: Path
+    num_seen: int
+    num_kept: int
+    num_failed: int
+    num_files: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MetadataRef:
-    """A metadata JSON (`meta_cap_dd.json`). seen = kept + rejected; `num_empty` of the kept have no tag at all."""
+    """A metadata JSON (`meta_cap_dd.json`). seen = kept + rejected; `num_empty` of the kept have no tag at all.
+
+    `missing`: pictures without tags, without caption, text: with neither; image: texts without a picture. A picture
+    whose text cannot be read is not among them.
+    """
 
     path: Path
     sha256: str
@@ -91,6 +124,7 @@ class MetadataRef:
     num_kept: int
     num_rejected: int
     num_empty: int
+    missing: dict[str, int]
     rejected: Path
     parents: tuple[str, ...] = ()
 
@@ -99,7 +133,7 @@ class MetadataRef:
 class MergeShardRef:
     """A finished merge shard: `path` is its fragment of the JSON, `rejected` its rejected rows. seen = kept + rejected.
 
-    `crc32`, `num_bytes`: of the fragment.
+    `crc32`, `num_bytes`: of the fragment.   `missing`: as of MetadataRef; a folder's first shard has its lonely texts.
     """
 
     index: int
@@ -112,6 +146,7 @@ class MergeShardRef:
     num_kept: int
     num_rejected: int
     num_empty: int
+    missing: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,13 @@ from sdxl_core.refs import (
 )
 from sdxl_core.rejected import count_reasons, read_rejected
 
+_LACKING = {
+    "tags": "without tags",
+    "caption": "without caption",
+    "text": "without either",
+    "image": "texts without a picture",
+}
+
 
 @singledispatch
 def describe(ref: Any) -> str:
@@ -65,9 +72,12 @@ def _(ref: StatisticsRef) -> str:
 @describe.register
 def _(ref: MetadataRef) -> str:
     empty = f", {ref.num_empty} with empty text" if ref.num_empty else ""
+    lacking = ", ".join(f"{ref.missing[what]:,} {words}" for what, words in _LACKING.items() if ref.missing.get(what))
     return (
         f"merge:  kept {ref.num_kept} of {ref.num_seen} pictures{empty}"
-        f"{rejected_text(ref.rejected, 'merge', ref.num_rejected)} -> {ref.path}"
+        f"{rejected_text(ref.rejected, 'merge', ref.num_rejected)}"
+        + (f"; {lacking}" if lacking else "")
+        + f" -> {ref.path}"
     )
 
 

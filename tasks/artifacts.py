@@ -90,6 +90,7 @@ def show_result(ref: Any, *, key: str, title: str) -> None:
     """A table of the reference's numbers and a markdown summary with the reasons of what was rejected."""
     fields = to_json(ref)
     numbers = [{"what": name, "value": value} for name, value in fields.items() if not isinstance(value, (dict, list))]
+    numbers += [{"what": f"missing {name}", "value": count} for name, count in fields.get("missing", {}).items()]
     create_table_artifact(key=f"{key}-counts", table=numbers, description=describe(ref))
     lines = [f"# {title}", "", describe(ref), ""]
     if fields.get("num_rejected"):

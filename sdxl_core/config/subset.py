@@ -31,6 +31,9 @@ class SubsetOptions(Section):
         "nothing is copied; copy: files of their own, verified; hardlink: second names on the same file system; "
         "reflink: files that share blocks (btrfs, xfs); symlink: links that need the source to stay",
     )
+    shard_size: int = Field(
+        4_096, ge=1, description="copies and links are made in parallel shards of this many pictures"
+    )
 
 
 class SubsetConfig(SubsetOptions, SourceOptions):

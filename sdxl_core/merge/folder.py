@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from json.encoder import encode_basestring_ascii as quoted
+from operator import add
 from typing import Any
 
 import orjson
@@ -69,7 +71,7 @@ def _plan_shard(
     index: int, *, config: MergeTagsConfig, listing: NameListing, texts: frozenset[str], num_shards: int
 ) -> ShardRef:
     """Look at the shard's text files and store its rows, unless they are merged already."""
-    part = _Part.of(listing, index, num_shards)
+    part = _Part.of(listing, index, num_shards, config)
     columns = part.columns(
         _text_stats(config.source, part.keys, texts, config.tag_extension),
         _text_stats(config.source, part.keys, texts, config.caption_extension),
@@ -86,12 +88,13 @@ def merge_part(index: int, *, config: MergeTagsConfig, listing: NameListing, num
     What is left behind is what `plan_folder` and `merge_shard` leave. For a first run, when no shard can be finished.
     Raises: DiskFullError, DataError.
     """
-    part, counts = _Part.of(listing, index, num_shards), Counts()
+    part, counts = _Part.of(listing, index, num_shards, config), Counts()
     tags, captions = (
         Texts(config.source, extension, listing.may_have(part.keys, extension), states=[])
         for extension in (config.tag_extension, config.caption_extension)
     )
     counts.rejected += [refuse(*row) for row in part.rejected]
+    counts.missing["image"] += part.num_lonely
     path = work_folder(config) / f"first.{index}.fragment"
     written = write_fragment(path, _pieces(config, part.names, part.keys, tags, captions, counts))
     shard, _ = _shard(config, part, part.columns(tags.states or [], captions.states or []))
@@ -101,22 +104,43 @@ def merge_part(index: int, *, config: MergeTagsConfig, listing: NameListing, num
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A contiguous part of a listing. `rejected`: key, reason and detail of the listing's rejections."""
+    """A contiguous part of a listing. The first has what belongs to none.
+
+    `rejected`: key, reason and detail of the listing's rejections.   `num_lonely`: texts without a picture.
+    """
 
     index: int
     start: int
     names: tuple[str, ...]
     keys: tuple[str, ...]
     rejected: list[tuple[str, str, str]]
+    num_lonely: int
 
     @classmethod
-    def of(cls, listing: NameListing, index: int, num_parts: int) -> _Part:
+    def of(cls, listing: NameListing, index: int, num_parts: int, config: MergeTagsConfig) -> _Part:
         start, stop = (len(listing.names) * i // num_parts for i in (index, index + 1))
         rejected = [(row.key, row.reason, row.detail) for row in listing.rejected] if index == 0 else []
-        return cls(index, start, listing.names[start:stop], listing.keys[start:stop], rejected)
+        num_lonely = _num_lonely(listing, (config.tag_extension, config.caption_extension)) if index == 0 else 0
+        return cls(index, start, listing.names[start:stop], listing.keys[start:stop], rejected, num_lonely)
 
     def columns(self, tags: list[int], captions: list[int]) -> dict[str, Any]:
-        return {"names": self.names, "tags": tags, "captions": captions, "rejected": self.rejected}
+        return {
+            "names": self.names,
+            "tags": tags,
+            "captions": captions,
+            "rejected": self.rejected,
+            "num_lonely": self.num_lonely,
+        }
+
+
+def _num_lonely(listing: NameListing, extensions: Sequence[str]) -> int:
+    """How many text files are no picture's."""
+    lonely = set(listing.text_names)
+    for extension in extensions:
+        if not lonely:
+            break
+        lonely.difference_update(map(add, listing.keys, repeat(extension)))
+    return len(lonely)
 
 
 def _shard(config: MergeTagsConfig, part: _Part, columns: dict[str, Any]) -> tuple[ShardRef, bytes]:
@@ -153,6 +177,7 @@ def _text_stats(source: os.PathLike[str], keys: Sequence[str], texts: frozenset[
 def pieces_of_folder(config: MergeTagsConfig, stored: dict[str, Any], counts: Counts) -> Iterator[Piece]:
     """The entries of a stored listing, in its order."""
     counts.rejected += [refuse(key, reason, detail) for key, reason, detail in stored["rejected"]]
+    counts.missing["image"] += stored["num_lonely"]
     keys = [key_of(name) for name in stored["names"]]
     tags, captions = (
         Texts(config.source, extension, [size >= 0 for size in stored[kind][::2]])
@@ -169,13 +194,9 @@ def _pieces(
     for start in range(0, len(names), ENTRIES_A_WRITE):
         window = slice(start, start + ENTRIES_A_WRITE)
         failures: dict[str, UnreadableText | OSError] = {}
-        rows = zip(
-            names[window],
-            keys[window],
-            captions.read(keys, window, failures),
-            tags.read(keys, window, failures),
-            strict=True,
-        )
+        sentences, lists = captions.read(keys, window, failures), tags.read(keys, window, failures)
+        _count_missing(keys[window], lists, sentences, failures, counts)
+        rows = zip(names[window], keys[window], sentences, lists, strict=True)
         is_plain = not (failures or config.clean)
         entries: dict[str, dict[str, str]] = {}
         for name, key, caption, tag_text in rows:
@@ -185,6 +206,27 @@ def _pieces(
                 entries[key if prefix is None else prefix + name] = entry
         if entries:
             yield Piece(entries_text(entries), len(entries))
+
+
+def _count_missing(
+    keys: Sequence[str],
+    tags: Sequence[str | None],
+    captions: Sequence[str | None],
+    failures: Container[str],
+    counts: Counts,
+) -> None:
+    """Count the pictures that lack a text; not those whose text cannot be read."""
+    if failures:
+        rows = zip(keys, tags, captions, strict=True)
+        read = [(tag_text, caption) for key, tag_text, caption in rows if key not in failures]
+        tags, captions = [tag_text for tag_text, _ in read], [caption for _, caption in read]
+    num_untagged, num_wordless = tags.count(None), captions.count(None)
+    counts.missing["tags"] += num_untagged
+    counts.missing["caption"] += num_wordless
+    if num_wordless == len(captions):  # the usual folder has none
+        counts.missing["text"] += num_untagged
+    elif num_untagged and num_wordless:
+        counts.missing["text"] += sum(a is None and b is None for a, b in zip(tags, captions, strict=True))
 
 
 def _entry(

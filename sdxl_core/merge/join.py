@@ -12,7 +12,7 @@ from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import DataError
 from sdxl_core.files import atomic_writer, remove_stale_partials
 from sdxl_core.lock import LOCK_NAME
-from sdxl_core.merge.shards import BLOCK_BYTES, STAGE, damaged, rejected_rows, work_folder
+from sdxl_core.merge.shards import BLOCK_BYTES, MISSING, STAGE, damaged, rejected_rows, work_folder
 from sdxl_core.merge.tag_categories import write_tag_categories
 from sdxl_core.refs import MergeShardRef, MetadataRef
 from sdxl_core.rejected import count_reasons, update_rejected
@@ -65,6 +65,7 @@ def _joined(config: MergeTagsConfig, shards: Sequence[MergeShardRef], sha256: st
         num_kept=num_kept,
         num_rejected=len(rejected),
         num_empty=sum(shard.num_empty for shard in shards),
+        missing={kind: sum(shard.missing[kind] for shard in shards) for kind in MISSING},
         rejected=rejected_path,
         parents=tuple(shard.digest for shard in shards),
     )

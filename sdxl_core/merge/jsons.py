@@ -95,6 +95,7 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
         num_kept=num_seen - len(joiner.rejected),
         num_rejected=len(joiner.rejected),
         num_empty=0,
+        missing={},
         rejected=rejected,
         parents=tuple(str(path) for path in config.sources),
     )

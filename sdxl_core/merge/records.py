@@ -139,6 +139,13 @@ class _EntryWriter:
         """Which rows are written; what has no picture or no words is told."""
         has_words = pc.or_(pc.is_valid(tags), pc.is_valid(rows["caption"]))
         has_image = pc.is_valid(rows["image"]) if self._wants_images else pa.array(np.ones(rows.num_rows, bool))
+        for kind, lacks in (
+            ("image", pc.invert(has_image)),
+            ("tags", pc.and_(has_image, pc.is_null(tags))),
+            ("caption", pc.and_(has_image, pc.is_null(rows["caption"]))),
+            ("text", pc.and_(has_image, pc.invert(has_words))),
+        ):
+            counts.missing[kind] += pc.sum(lacks).as_py() or 0
         empty = pc.and_(*(pc.equal(pc.fill_null(texts, ""), "") for texts in (tags, rows["caption"])))
         keep = pc.and_(has_words, has_image)
         if self._config.empty_tags == "reject":

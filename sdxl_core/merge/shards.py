@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from sdxl_core.refs import MergeShardRef, ShardRef, to_json
 from sdxl_core.rejected import Rejected, read_rejected, write_rejected
 
 STAGE = "merge"
-FORMAT = 4
+FORMAT = 5
+MISSING = ("image", "tags", "caption", "text")
 BLOCK_BYTES = 1 << 18
 
 
@@ -34,9 +36,10 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Counts:
-    """What one shard has besides its entries."""
+    """What one shard has besides its entries. `missing`: see MetadataRef."""
 
     rejected: list[Rejected] = field(default_factory=list)
+    missing: Counter[str] = field(default_factory=Counter)
     num_empty: int = 0
     num_failed_reads: int = 0
 
@@ -105,6 +108,7 @@ def remember(shard: ShardRef, written: Written, counts: Counts) -> MergeShardRef
         num_kept=written.num_entries,
         num_rejected=len(counts.rejected),
         num_empty=counts.num_empty,
+        missing={kind: counts.missing[kind] for kind in MISSING},
     )
     if not counts.num_failed_reads:
         _write_result(shard, ref)

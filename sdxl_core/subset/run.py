@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,29 @@ import orjson
 
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.config import SubsetHow
-from sdxl_core.errors import ConfigError, DataError
-from sdxl_core.files import digest_of, remove_stale_partials, write_atomic
+from sdxl_core.errors import ConfigError, DataError, ShardError
+from sdxl_core.files import digest_of, digest_of_all, remove_stale_partials, write_atomic
 from sdxl_core.lock import output_lock
-from sdxl_core.progress import Progress, no_progress
-from sdxl_core.refs import SubsetRef, to_json
-from sdxl_core.rejected import Rejected, write_rejected
+from sdxl_core.progress import Progress, Summed, no_progress
+from sdxl_core.refs import PlacedShardRef, SubsetPlanRef, SubsetRef, to_json
+from sdxl_core.rejected import Rejected, read_rejected
+from sdxl_core.subset.ledger import HEAD_FILE, Ledger, check_out, read_head, work_folder
 from sdxl_core.subset.manifest import MANIFEST_FILE, Manifest, write_manifest
-from sdxl_core.subset.methods import PlacingFailed
 from sdxl_core.subset.picks import (
     STAGE,
     Halves,
     manifest_rows,
     picked_batches,
-    wanted_groups,
     without_image,
     without_text,
 )
-from sdxl_core.subset.placed import LEDGER_FILE, Placed, check_out, read_ledger
+from sdxl_core.subset.plan import OTHERS_FILE, Picks, plan_picks, refuse_without_pictures, write_if_news
+from sdxl_core.subset.shard import place_shard
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 MISSING_FILE = "missing.jsonl"
 REJECTED_FILE = "rejected.jsonl"
+PURPOSE = "makes a subset"
 
 
 def subset_records(
@@ -47,6 +46,7 @@ def subset_records(
     out: Path,
     unjudged: Sequence[Rejected] = (),
     refused: Sequence[Rejected] = (),
+    shard_size: int = 4_096,
     progress: Progress = no_progress,
 ) -> SubsetRef:
     """Make the subset of the given records; afterwards `out` holds it and nothing of an earlier state of it.
@@ -56,19 +56,76 @@ def subset_records(
             settings: what `out` belongs to: `query`, `source` and what else makes another subset.
             unjudged: records that the query could not be answered for; none of `records`.
             refused: what the source has besides its records.
+            shard_size: pictures that are placed, and remembered, together; what comes out does not depend on it.
     Raises: ConfigError: `out` belongs to other settings or holds a source, or `how` is not possible there.
             DataError: a file of another content is in the way.   LockedError, DiskFullError.
     """
-    if how != "manifest" and not catalog.knows_pictures:
-        raise ConfigError(
-            f"how = {how}: no source of {catalog.path} has pictures, so none can be placed. Use --how manifest, or "
-            f"build the catalog with the folder or the tars of the pictures among its sources."
-        )
-    check_out(out, [] if how == "manifest" else [source.path for source in catalog.sources])
-    with output_lock(out, purpose="makes a subset"):
-        if how == "manifest":
-            return _manifest(catalog, records, settings, out, [*refused, *unjudged], len(refused))
-        return _placed(catalog, records, settings, how, out, [*refused, *unjudged], len(refused), progress)
+    others = [*refused, *unjudged]
+    if how == "manifest":
+        check_out(out, [])
+        with output_lock(out, purpose=PURPOSE):
+            return _manifest(catalog, records, settings, out, others, len(refused))
+    picks = picks_of(catalog, records, settings=settings, how=how, out=out)
+    with output_lock(out, purpose=PURPOSE):
+        plan = plan_picks(picks, shard_size=shard_size, others=others, num_refused=len(refused))
+        return join_placed(plan, list(_placed(plan, picks, progress)))
+
+
+def picks_of(catalog: Catalog, records: Ints, *, settings: dict[str, str], how: str, out: Path) -> Picks:
+    """What shall be placed. Raises: ConfigError: it cannot be, there."""
+    refuse_without_pictures(catalog, how)
+    check_out(out, [source.path for source in catalog.sources])
+    return Picks(out, catalog, {**settings, "how": how}, np.ascontiguousarray(records, np.int64))
+
+
+def _placed(plan: SubsetPlanRef, picks: Picks, progress: Progress) -> Iterator[PlacedShardRef]:
+    summed = Summed(progress, f"subset: {picks.how}", len(picks.records))
+    for shard in plan.shards:
+        yield place_shard(shard, picks=picks, progress=summed.part())
+
+
+def join_placed(plan: SubsetPlanRef, shards: Sequence[PlacedShardRef]) -> SubsetRef:
+    """Say what the whole subset is and what of it was rejected, when all shards are placed.
+
+    Args:   shards: in order.
+    Raises: ShardError: a shard's ledger is not the one that was written.
+    """
+    picks = Picks.open(plan.path)
+    others = read_rejected(work_folder(picks.out) / OTHERS_FILE)
+    failed: list[Rejected] = []
+    digest = digest_of_all(_states(shards, failed))
+    rows = chain(others, without_image(picks.catalog, picks.records), failed)
+    halves = Halves()
+    for batch in picked_batches(picks.catalog, picks.records, ()):
+        halves.add(batch.table)
+    num_kept = sum(shard.num_kept for shard in shards)
+    num_others = len(others) + len(failed)
+    ref = _ref(
+        picks.catalog, picks.records, picks.settings, picks.out, digest, num_kept, rows, num_others, halves,
+        plan.num_refused,
+    )  # fmt: skip
+    told = orjson.dumps(
+        {"settings": picks.settings, "finished": True, "shards": [shard.digest for shard in plan.shards]}
+    )
+    if (picks.out / HEAD_FILE).read_bytes() != told:  # last: it marks the work done
+        write_atomic(picks.out / HEAD_FILE, told)
+    return ref
+
+
+def _states(shards: Iterable[PlacedShardRef], failed: list[Rejected]) -> Iterator[str]:
+    """Names, sizes and times of all files, in order; pictures that could not be placed go into `failed`."""
+    for shard in shards:
+        ledger = Ledger.read(shard.path)
+        if not ledger.finished or len(ledger.written) != shard.num_files:
+            raise ShardError(
+                f"{shard.path}: what shard {shard.index} has placed was changed or removed meanwhile. Run the same "
+                f"command again; it places what is missing."
+            )
+        failed += [
+            Rejected(stage=STAGE, key=key, reason="unreadable_file", detail=detail) for key, detail in ledger.failed
+        ]
+        for name, ((size, time), *_) in ledger.written.items():
+            yield f"{name}|{size}|{time}"
 
 
 def _manifest(
@@ -80,10 +137,10 @@ def _manifest(
     num_refused: int,
 ) -> SubsetRef:
     settings = {**settings, "how": "manifest"}
-    path, ledger = out / MANIFEST_FILE, out / LEDGER_FILE
+    path, ledger = out / MANIFEST_FILE, out / HEAD_FILE
     numbers = np.ascontiguousarray(records, np.int64)
     digest = digest_of("manifest", catalog.digest, numbers.tobytes(), *(row.key for row in unjudged))
-    stored = read_ledger(out, settings=settings)
+    stored = read_head(out, settings=settings)
     if stored is None and path.exists():
         raise DataError(f"{path} exists and is not ours; it is not overwritten. Choose another out folder.")
     if stored is not None and stored["finished"] and stored.get("digest") == digest and _stands(path, stored):
@@ -111,38 +168,6 @@ def _stands(path: Path, stored: dict[str, Any]) -> bool:
         return Manifest.open(path).num_records == stored["ref"]["num_kept"] and (path.parent / REJECTED_FILE).exists()
     except (ConfigError, DataError):
         return False
-
-
-def _placed(
-    catalog: Catalog,
-    records: Ints,
-    settings: dict[str, str],
-    how: str,
-    out: Path,
-    unjudged: Sequence[Rejected],
-    num_refused: int,
-    progress: Progress,
-) -> SubsetRef:
-    placed = Placed.open(out, how=how, settings=settings)
-    placed.begin(wanted_groups(catalog, records))
-    failed: list[Rejected] = []
-    num_kept = 0
-    for number, group in enumerate(wanted_groups(catalog, records)):
-        try:
-            placed.place(group)
-            num_kept += 1
-        except PlacingFailed as error:
-            failed.append(Rejected(stage=STAGE, key=group.key, reason="unreadable_file", detail=str(error)))
-        progress(f"subset: {how}", number + 1, len(records))
-    halves = Halves()
-    for batch in picked_batches(catalog, records, ()):
-        halves.add(batch.table)
-    rows = chain(unjudged, without_image(catalog, records), failed)
-    others = len(unjudged) + len(failed)
-    digest = placed.digest()
-    ref = _ref(catalog, records, {**settings, "how": how}, out, digest, num_kept, rows, others, halves, num_refused)
-    placed.finish()  # last: it marks the work done
-    return ref
 
 
 def _ref(
@@ -175,14 +200,3 @@ def _ref(
         rejected=out / REJECTED_FILE,
         parents=(catalog.digest,),
     )
-
-
-def write_if_news(path: Path, rows: Iterable[Rejected]) -> int:
-    """Write a list of rejections as it comes; one that is there already keeps its file. Returns the number of rows."""
-    news = path.with_name(f".{path.name}.new")
-    num_rows = write_rejected(news, rows)
-    if path.exists() and filecmp.cmp(news, path, shallow=False):
-        news.unlink()
-    else:
-        os.replace(news, path)
-    return num_rows

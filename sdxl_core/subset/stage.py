@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,19 +11,21 @@ from typing import NamedTuple
 from sdxl_core.catalog.build import build_catalog
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
 from sdxl_core.catalog.records import Catalog, is_catalog
-from sdxl_core.config import SubsetConfig
+from sdxl_core.config import SubsetConfig, SubsetHow
 from sdxl_core.errors import DataError
+from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.query.explain import explain, explained_text
 from sdxl_core.query.expressions import And, Has, Not, Query, Range, Tag, Values, Wildcard, walk
 from sdxl_core.query.grammar import parse
 from sdxl_core.query.index import open_index
 from sdxl_core.query.select import Selection, select_by_scan
-from sdxl_core.refs import SubsetRef
+from sdxl_core.refs import SubsetPlanRef, SubsetRef
 from sdxl_core.rejected import Rejected, count_reasons, read_rejected
+from sdxl_core.subset.ledger import check_out
 from sdxl_core.subset.picks import STAGE
-from sdxl_core.subset.placed import check_out
-from sdxl_core.subset.run import subset_records
+from sdxl_core.subset.plan import Ints, plan_picks
+from sdxl_core.subset.run import PURPOSE, picks_of, subset_records
 
 
 def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetRef:
@@ -34,23 +37,60 @@ def subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetR
     Raises: ConfigError: a wrong query, or `out` belongs to other settings.   DataError: nothing matches, or a file of
     another content is in the way.   DiskFullError.
     """
+    looked_at, records = _picked(config, progress)
+    return subset_records(
+        looked_at.catalog,
+        records,
+        settings=_settings(config),
+        how=_how(config),
+        out=config.out,
+        unjudged=looked_at.unjudged,
+        refused=looked_at.refused,
+        shard_size=config.shard_size,
+        progress=progress,
+    )
+
+
+def places_files(config: SubsetConfig) -> bool:
+    """Whether the subset is files, made in shards; else it is a list, which takes 1 us a picture."""
+    return _how(config) != "manifest"
+
+
+def subset_lock(config: SubsetConfig) -> AbstractContextManager[None]:
+    """For whoever plans, places and joins one by one: nobody else makes this subset meanwhile. Raises: LockedError."""
+    _check_folders(config)
+    return output_lock(config.out, purpose=PURPOSE)
+
+
+def plan_subset(config: SubsetConfig, *, progress: Progress = no_progress) -> SubsetPlanRef:
+    """Pick pictures by the query and cut them into shards for `shard.place_shard`. Raises: as `subset`."""
+    looked_at, records = _picked(config, progress)
+    picks = picks_of(looked_at.catalog, records, settings=_settings(config), how=_how(config), out=config.out)
+    others = [*looked_at.refused, *looked_at.unjudged]
+    with subset_lock(config):
+        return plan_picks(picks, shard_size=config.shard_size, others=others, num_refused=len(looked_at.refused))
+
+
+def _picked(config: SubsetConfig, progress: Progress) -> tuple[_LookedAt, Ints]:
+    """The records that the query picks. Raises: ConfigError, DataError: there are none."""
     query = parse(config.query)
-    if not is_catalog(config.source):
-        check_out(config.out, [config.source])
+    _check_folders(config)
     looked_at = _look_at(config, query, progress)
     picked = select(looked_at.catalog, query)
     if not len(picked.records):
         raise DataError(_nothing_matches(config, query, looked_at))
-    return subset_records(
-        looked_at.catalog,
-        picked.records,
-        settings=_settings(config),
-        how="copy" if config.how == "auto" else config.how,
-        out=config.out,
-        unjudged=looked_at.unjudged,
-        refused=looked_at.refused,
-        progress=progress,
-    )
+    return looked_at, picked.records
+
+
+def _how(config: SubsetConfig) -> SubsetHow:
+    return "copy" if config.how == "auto" else config.how
+
+
+def _check_folders(config: SubsetConfig) -> None:
+    if not is_catalog(config.source):
+        check_out(config.out, [config.source])
+    else:
+        check_out(config.out, [])
 
 
 def select(catalog: Catalog, query: Query) -> Selection:

@@ -74,7 +74,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Files below a folder that are not ours to keep book with."""
     own = {".subset.json", "rejected.jsonl", "missing.jsonl"}
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if name not in own and not name.startswith(".lock.")}
+    return {
+        name: data for name, data in found.items() if name not in own and not name.startswith((".lock.", ".subset/"))
+    }
+
+
+def ledger_of(out: Path) -> Path:
+    """The ledger of the only shard."""
+    (path,) = (out / ".subset").glob("*.ledger")
+    return path
 
 
 @pytest.mark.parametrize("how", PLACED)
@@ -162,7 +170,7 @@ def test_another_way_in_the_same_folder_is_refused(catalog: Catalog) -> None:
 
 def test_a_copy_whose_content_a_power_cut_lost_is_found_and_made_again(catalog: Catalog) -> None:
     pick(catalog, "copy")
-    ledger, copy = catalog.path.parent / "out" / ".subset.json", catalog.path.parent / "out" / "1.png"
+    ledger, copy = ledger_of(catalog.path.parent / "out"), catalog.path.parent / "out" / "1.png"
     stored = orjson.loads(ledger.read_bytes())
     ledger.write_bytes(orjson.dumps({**stored, "finished": False, "marks": {}}))  # as it stands before the end
     time_ns = copy.stat().st_mtime_ns
@@ -190,7 +198,7 @@ def test_every_finished_copy_has_the_digest_of_its_content(catalog: Catalog) -> 
     import hashlib
 
     pick(catalog, "copy")
-    marks = orjson.loads((catalog.path.parent / "out" / ".subset.json").read_bytes())["marks"]
+    marks = orjson.loads(ledger_of(catalog.path.parent / "out").read_bytes())["marks"]
     assert marks == {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
 
 

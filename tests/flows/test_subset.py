@@ -1,0 +1,36 @@
+"""The subset flow: shards fan out, finished ones are Cached, what was removed behind our back is placed again."""
+
+from pathlib import Path
+
+import pytest
+from support.runs import task_states
+
+from sdxl_core.config import SubsetConfig
+from sdxl_core.subset.stage import subset as core
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def test_a_shard_is_placed_once_and_again_when_a_file_is_gone(tmp_path: Path) -> None:
+    from flows.subset import subset
+
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"picture %d" % number)
+        (tmp_path / "in" / f"{number}.txt").write_text("red")
+    config = SubsetConfig(source=tmp_path / "in", query="red", how="copy", out=tmp_path / "out", shard_size=2)
+    first = subset(config)
+    assert first.num_kept == 6
+    assert task_states("subset")["place-shard: Completed"] == 3
+    assert subset(config) == first
+    assert task_states("subset")["place-shard: Cached"] == 3
+    (tmp_path / "out" / "3.txt").unlink()
+    assert subset(config) == first
+    states = task_states("subset")
+    assert (states["place-shard: Cached"], states["place-shard: Completed"]) == (2, 1)
+    assert (tmp_path / "out" / "3.txt").read_text() == "red"
+    before = {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")}
+    assert core(config) == first, "the command goes on with what the flow made"
+    assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")} == before
+    listed = subset(config.model_copy(update={"how": "manifest", "out": tmp_path / "list"}))
+    assert listed.num_kept == 6 and task_states("subset") == {"subset red: Completed": 1}
