@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from prefect.futures import PrefectFuture
 
-from sdxl_core.errors import SdxlFlowsError, ShardError
+from sdxl_core.errors import ShardError
+from tasks.artifacts import show_failed_shards
 
 T = TypeVar("T")
 
@@ -27,16 +28,20 @@ def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, 
         future.add_done_callback(lambda _: free.release())
         futures.append(future)
     results: list[T] = []
-    failures: dict[int, BaseException] = {}
+    failures: dict[int, Exception] = {}
     for number, future in enumerate(futures):
         try:
             results.append(future.result())
-        except SdxlFlowsError as error:
+        except Exception as error:  # whatever ended it, the other shards are asked too
             failures[number] = error
     if failures:
+        show_failed_shards({number: str(error) for number, error in failures.items()}, num_shards=len(futures))
         first = next(iter(failures.values()))
         if len({str(error) for error in failures.values()}) == 1:
             raise first
         text = "\n".join(f"  shard {number}: {error}" for number, error in failures.items())
-        raise ShardError(f"{len(failures)} of {len(futures)} shards failed; the others are finished and kept:\n{text}")
+        raise ShardError(
+            f"{len(failures)} of {len(futures)} shards failed; the others are finished and kept. Retry this run, or "
+            f"start it again: only these are worked on.\n{text}"
+        )
     return results

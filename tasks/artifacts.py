@@ -125,6 +125,17 @@ def show_page(path: Path, *, key: str, title: str) -> None:
     create_markdown_artifact(key=key, markdown=f"{title}: `{path.resolve()}`", description=title)
 
 
+@never_failing("the failed shards")
+def show_failed_shards(reasons: dict[int, str], *, num_shards: int) -> None:
+    """A row a shard that failed for good. Args: reasons: by the shard's number."""
+    create_table_artifact(
+        key="failed-shards",
+        table=[{"shard": number, "reason": reason} for number, reason in reasons.items()],
+        description=f"{len(reasons)} of {num_shards} shards failed, the others are finished and kept. Retry (the menu "
+        f"of the run, top right) works on these alone.",
+    )
+
+
 @never_failing("a result")
 def show_buckets(ref: LatentSetRef) -> None:
     """The bucket histogram as markdown, and the mean aspect-ratio error."""
