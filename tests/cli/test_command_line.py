@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdxl_core.cli import STAGES, build_parser, main
-from sdxl_core.cli_options import collect_options, dashes
+from sdxl_core.cli.options import collect_options, dashes
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.configfile import check
 

@@ -1,0 +1,5 @@
+"""`python -m sdxl_core.cli`."""
+
+from sdxl_core.cli import main
+
+main()
