@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 
 from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
-from sdxl_core.errors import DataError, ShardError
+from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import sha256_file, write_atomic
 from sdxl_core.latents.cache import CONFIG, cache_latents
 from sdxl_core.latents.formats import PackedFile, read_per_image
@@ -264,6 +264,8 @@ class _Check:
         at = ledger.columns["at"][rows]
         if packed.dtype != self._dtype or packed.bucket != tuple(ledger.columns["bucket"][rows[0]].tolist()):
             return f"holds {packed.dtype} latents of bucket {packed.bucket}", rows
+        if at.max() >= packed.num_rows:
+            return f"holds {packed.num_rows} rows, and row {at.max()} was committed: it is another file", rows
         damaged = np.isin(at, [*checked.damaged_rows, *checked.infinite_rows])
         damaged |= packed.row_crc32s[at] != ledger.columns["crc32"][rows]
         if damaged.any():
@@ -343,7 +345,7 @@ def _join_without(latents: Path) -> None:
         if plan is None:
             raise ShardError(f"{folder}: without a plan")
         join_latents(stored_config(latents), plan)
-    except ShardError:  # a shard is not finished: the run that finishes it joins
+    except (ConfigError, DataError):  # a shard is not finished, or the metadata is another: the next run joins
         (latents / INDEX_END).unlink(missing_ok=True)
         (folder / SET).unlink(missing_ok=True)
     (folder / PLAN).unlink(missing_ok=True)

@@ -182,3 +182,22 @@ def test_what_is_no_latent_set_is_told(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match="not a latent set of ours"):
             verify_latents(VerifyLatentsConfig(path=path))
+
+
+def test_a_packed_file_in_the_place_of_another_is_found(mine: CacheLatentsConfig) -> None:
+    files = sorted((mine.out / "latents").glob("packed/*/*.npz"))
+    for one, other in ((one, other) for one in files for other in files if one != other):
+        data, status = one.read_bytes(), one.stat()
+        shutil.copyfile(other, one)
+        with pytest.raises(ShardError, match=one.name):
+            verify_latents(VerifyLatentsConfig(path=mine.out))
+        one.write_bytes(data)
+        os.utime(one, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_that_cannot_be_read_is_found(mine: CacheLatentsConfig) -> None:
+    victim = sorted((mine.out / "latents").rglob("*.npz"))[0]
+    victim.unlink()
+    victim.symlink_to(victim.name)
+    with pytest.raises(ShardError, match=victim.name):
+        verify_latents(VerifyLatentsConfig(path=mine.out))

@@ -145,9 +145,13 @@ class PackedFile:
             self._handle = os.open(path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ShardError(f"{path}: the latents are gone. {REPAIR}") from error
+        except OSError as error:
+            raise self._unreadable(error) from error
         try:
             self.num_bytes = os.fstat(self._handle).st_size
             small = self._open()
+        except OSError as error:
+            raise self._unreadable(error) from error
         except (ValueError, SyntaxError, KeyError, IndexError, TypeError, struct.error, OverflowError) as error:
             raise self._damaged(str(error)) from error
         self.row_crc32s, self.original_sizes = small["crc32"], small["original_size"]
@@ -194,13 +198,20 @@ class PackedFile:
         checksum = 0
         for member in self._big:
             array = np.empty(member.shape[1:], member.dtype)
-            if os.preadv(self._handle, [array.data], member.start + row * array.nbytes) != array.nbytes:
-                raise self._damaged(f"it ends within row {row}")
+            self._read(array, member.start, row)
             checksum = crc32(array, checksum)
             arrays[member.name] = array
         if checksum != self.row_crc32s[row]:
             raise self._damaged(f"row {row}, {self.key(row)!r}, holds other bytes than were written")
         return self._record(row, arrays)
+
+    def _read(self, array: NDArray[Any], start: int, row: int) -> None:
+        """Fill an array with a row of those that begin at `start`."""
+        try:
+            if os.preadv(self._handle, [array.data], start + row * array.nbytes) != array.nbytes:
+                raise self._damaged(f"it ends within row {row}")
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     def _record(self, row: int, arrays: dict[str, NDArray[Any]]) -> LatentRecord:
         width_px, height_px = self.original_sizes[row].tolist()
@@ -221,8 +232,7 @@ class PackedFile:
             whole, checksum = crc32(head, whole), crc32(member.npy_header)
             row = np.empty(member.shape[1:], member.dtype)
             for number in range(self.num_rows):
-                if os.preadv(self._handle, [row.data], member.start + number * row.nbytes) != row.nbytes:
-                    raise self._damaged(f"it ends within row {number}")
+                self._read(row, member.start, number)
                 row_crc32s[number] = crc32(row, row_crc32s[number])
                 checksum = crc32(row, checksum)
                 whole = crc32(row, whole)
@@ -258,6 +268,9 @@ class PackedFile:
             if os.pread(self._handle, member.start - member.head_start, member.head_start) != member.head(checksum):
                 raise ValueError(f"the header of {member.name} is damaged")
         return dict(_small_members(self._rest, self._rest_start, layout, self._checksums, num_big))
+
+    def _unreadable(self, error: OSError) -> ShardError:
+        return ShardError(f"{self.path}: cannot be read ({error.strerror}). {REPAIR}")
 
     def _damaged(self, how: str) -> ShardError:
         return ShardError(f"{self.path}: not a whole packed file of latents ({how}). {REPAIR}")

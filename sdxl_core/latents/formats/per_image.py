@@ -117,6 +117,8 @@ def _read_whole(path: Path | str) -> NDArray[np.uint8]:
         handle = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ShardError(f"{path}: the latents are gone. {REPAIR}") from error
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}). {REPAIR}") from error
     try:
         size = os.fstat(handle).st_size
         data = np.empty(HEAD + size, np.uint8)[HEAD:]
