@@ -140,6 +140,7 @@ class _Join:
         self._ar_error_sum, self._num_kept, self._num_rejected = 0.0, 0, 0
 
     def run(self, progress: Progress) -> _Joined:
+        self._plan.check_metadata(self._config.metadata)
         places = self._plan.places()
         shard, row = places["shard"].to_numpy(), places["row"].to_numpy()
         path = self._config.out / "meta_lat.json"
@@ -164,8 +165,7 @@ class _Join:
                     self._add(index, block, columns)
                     start = stop
                     progress("join", start, self._plan.num_seen)
-            if start != self._plan.num_seen:
-                raise DataError(f"{self._config.metadata}: was changed while it was read. Run the same command again.")
+            self._plan.check_metadata(self._config.metadata)
             if not self._num_kept:
                 raise _NothingKept
             out.write(b"\n}")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic.dataclasses import dataclass
 
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.errors import ShardError
+from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import digest_of, sha256_file
 from sdxl_core.latents.ledger import KEPT, OPEN, REMOVED, ShardLedger, read_summary
 from sdxl_core.latents.matching import HashTable, hashes_of
@@ -54,6 +54,14 @@ class LatentPlan:
     path: Path
     rejected: Path
 
+    def check_metadata(self, metadata: Path) -> None:
+        """Entries are told apart by their place, so this plan is good for this very file only.
+
+        Raises: DataError: the file has changed since.
+        """
+        if _look_at(metadata) != self.metadata_is and sha256_file(metadata) != self.metadata_sha256:
+            raise _changed(metadata)
+
     def places(self) -> pa.RecordBatch:
         """int32 shard (position in `shards`, or -1) and row of every entry. Raises: ShardError: damaged."""
         try:
@@ -72,21 +80,27 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
     source = PictureSource(config)
     source_digest = source.digest
     fingerprint = check_settings(config)
-    metadata_is = _look_at_metadata(config)
+    metadata_is = _look_at(config.metadata)
     root_map = [part for pair in sorted(config.root_map.items()) for part in pair]
     digest = digest_of(FORMAT, fingerprint, source_digest, *metadata_is, str(config.metadata), *root_map)
     folder = config.out / "latents" / LEDGER_FOLDER
     return last_plan(folder, digest=digest) or _new_plan(config, source, fingerprint, digest, metadata_is)
 
 
-def _look_at_metadata(config: CacheLatentsConfig) -> tuple[int, int]:
+def _look_at(metadata: Path) -> tuple[int, int]:
     """Its size and time. A file that is not there is told by the one who reads it."""
     try:
-        status = os.stat(config.metadata)
+        status = os.stat(metadata)
     except OSError:
-        next(blocks(config.metadata))
+        next(blocks(metadata))
         raise
     return status.st_size, status.st_mtime_ns
+
+
+def _changed(metadata: Path) -> DataError:
+    return DataError(
+        f"{metadata}: was changed since this run began. Run the same command again; it encodes only what is new."
+    )
 
 
 def last_plan(folder: Path, *, digest: str | None = None) -> LatentPlan | None:
@@ -129,7 +143,7 @@ def _new_plan(
     shard, row = held.find(wanted.identity)
     new = np.flatnonzero(shard < 0)
     names = held.digests + held.cut(new, wanted, config, fingerprint, shard, row)
-    held.supersede(hashes_of(pictures.places["name"].take(pa.array(wanted.position[new]))))
+    held.supersede(hashes_of(pictures.places["name"].take(pa.array(wanted.position[new]))), wanted.identity)
     used, first, numbered = np.unique(shard, return_index=True, return_inverse=True)
     order = np.argsort(first)  # shards in the order in which the metadata meets them
     rank = np.empty(len(used), np.int64)
@@ -146,6 +160,8 @@ def _new_plan(
         "metadata_sha256": sha256_file(config.metadata),
         "metadata_is": metadata_is,
     }
+    if _look_at(config.metadata) != metadata_is:
+        raise _changed(config.metadata)
     table = pa.RecordBatch.from_arrays([pa.array(places[0]), pa.array(places[1])], names=["shard", "row"])
     write_table(
         folder / PLAN, table, told | {"shards": digests, "rejected_sha256": sha256_file(folder / PLAN_REJECTED)}
@@ -264,12 +280,23 @@ class _Held:
             digests.append(digest)
         return digests
 
-    def supersede(self, names: Ints) -> None:
-        """Take out rows of pictures that were replaced: new rows of the same names (hashes) stand for them now."""
-        if not len(names) or not len(self._shards):
+    def supersede(self, names: Ints, wanted: Ints) -> None:
+        """Take out rows of pictures that were replaced: new rows stand for them now, or two would own one file.
+
+        Args:   names: hashes of the names of rows that were cut just now.   wanted: identities; a name that is there
+                twice was cut by a run that was killed here, and the row that is wanted stays.
+        """
+        if not len(self._shards):
             return
         hashes = np.concatenate([hashes_of(shard.table["name"]) for shard in self._shards])[self._there]
-        replaced = np.isin(hashes, names) & np.isin(self._state, (OPEN, KEPT))
+        counts = np.isin(self._state, (OPEN, KEPT))
+        replaced = counts & np.isin(hashes, names)
+        ordered = np.sort(hashes[counts])
+        twice = counts & np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+        if twice.any():
+            at = self._by_identity.find(wanted)
+            twice[at[at >= 0]] = False
+        replaced |= twice
         if not replaced.any():
             return
         numbers, starts = np.unique(self._shard[replaced], return_index=True)  # ascending, as the shards stand there

@@ -115,6 +115,7 @@ def write_rows(
     path = folder / f"{digest[:32]}{ENDING}"
     words = {
         "digest": digest,
+        "fingerprint": fingerprint,
         "commit_size": commit_size,
         "roots": [str(root) for root in roots],
         "num_rows": batch.num_rows,

@@ -9,10 +9,10 @@ from typing import Any
 import orjson
 
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import digest_of, write_atomic
-from sdxl_core.latents.rows import FORMAT, LEDGER_FOLDER
-from sdxl_core.latents.tables import checked_json, parse_checked
+from sdxl_core.latents.rows import ENDING, FORMAT, LEDGER_FOLDER
+from sdxl_core.latents.tables import checked_json, parse_checked, read_words
 
 VAE = "vae.json"
 
@@ -36,12 +36,27 @@ def check_settings(config: CacheLatentsConfig) -> str:
     }
     path = settings_path(config.out / "latents")
     if not path.exists():
+        _check_shards(path, fingerprint_of(settings))
         write_atomic(path, orjson.dumps(settings, option=orjson.OPT_INDENT_2))
     old = read_settings(config.out / "latents")
     for name, value in settings.items():
         if old.get(name) != value:
             raise _refused(config, name, old.get(name), value)
     return fingerprint_of(old)
+
+
+def _check_shards(path: Path, fingerprint: str) -> None:
+    """Raises: ConfigError: the settings' file is gone, and shards that are there were cut for other settings."""
+    for rows in path.parent.glob(f"*{ENDING}"):
+        try:
+            had = read_words(rows).get("fingerprint", fingerprint)
+        except ShardError:
+            continue
+        if had != fingerprint:
+            raise ConfigError(
+                f"{path}: is gone, and the latents beside it were made with other settings than these. Put it back, "
+                f"run with the settings of then, choose another out folder, or delete {path.parents[1]}."
+            )
 
 
 def _vae_fingerprint(config: CacheLatentsConfig) -> str:
