@@ -20,13 +20,15 @@ _RECORDS_AT_ONCE = 4_096
 
 
 class ImagePlace(NamedTuple):
-    """Where a picture's bytes are: a file, or a range of a tar."""
+    """Where a picture's bytes are: a file, or a range of a tar. `tar_mtime_ns`: when that was last written, -1 where it
+    is not known."""
 
     path: Path
     name: str
     offset: int
     num_bytes: int
     in_tar: bool
+    tar_mtime_ns: int = -1
 
 
 def image_places(catalog: Catalog, records: Ints) -> list[ImagePlace | None]:

@@ -53,9 +53,9 @@ def cache_latents(config: CacheLatentsConfig, *, progress: Progress = no_progres
             _encode_here(left, plan, config, progress)
         elif left:
             with (
-                Slots(devices) as slots,
                 watch_progress(plan, config, progress),
                 ThreadPoolExecutor(len(devices)) as threads,
+                Slots(devices) as slots,  # ends first: an error or Ctrl-C does not wait for what is under way
             ):
                 list(threads.map(lambda shard: encode_shard_in_slots(shard, config, slots), left))
         ref = join_latents(config, plan, progress=progress)

@@ -7,6 +7,7 @@ replayed and only they are written. So an interrupted or repaired shard ends wit
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import copy_context
@@ -29,7 +30,7 @@ from sdxl_core.latents.ledger import (
 )
 from sdxl_core.latents.quarantine import Attempts
 from sdxl_core.latents.rows import ShardRows
-from sdxl_core.latents.shards import reference, settled, shard_is_finished
+from sdxl_core.latents.shards import TRIED_AGAIN, reference, settled, shard_is_finished
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentShardRef, ShardRef
 
@@ -37,7 +38,8 @@ Ints = np.ndarray[Any, np.dtype[Any]]
 # Files by path; of each row its file, its row in it or -1, its CRC-32.
 _Written = tuple[list[tuple[str, WrittenFile]], list[int], list[int], list[int]]
 MAX_FLOAT16 = 65_504.0
-_IN_A_BATCH = ("nan_latent",)  # reasons that are found out within a batch: the picture was part of it
+_IN_A_BATCH = ("nan_latent", "bad_file_name")  # reasons found out after a batch: the picture was part of it
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def encode_shard(
@@ -163,9 +165,14 @@ class _ShardEncoder:
                 rejected[row] = Rejection("nan_latent", "the VAE gives values that are too large for float16")
             elif state[row] == OPEN:
                 encoded.append((row, item))
+        if any(why.reason in TRIED_AGAIN for why in rejected.values()):
+            self._check_roots()
+        if self._config.layout == "packed":
+            files, file, at, checksums = self._write_packed(group.number, encoded)
+        else:
+            files, file, at, checksums = self._write_per_image(encoded, rejected)
+            encoded = [one for one in encoded if one[0] not in rejected]
         rejected = {row: why for row, why in sorted(rejected.items()) if state[row] == OPEN}
-        write = self._write_packed if self._config.layout == "packed" else self._write_per_image
-        files, file, at, checksums = write(group.number, encoded)
         sync_files([self._latents / path for path, _ in files])
         self._ledger.commit(
             CommitGroup(
@@ -186,12 +193,21 @@ class _ShardEncoder:
         done = self._rows.num_rows - len(self._ledger.rows(OPEN))
         self._context.run(self._progress, "latents", done, self._rows.num_rows)
 
-    def _write_per_image(self, number: int, encoded: Sequence[tuple[int, EncodedPicture]]) -> _Written:
+    def _write_per_image(
+        self, encoded: Sequence[tuple[int, EncodedPicture]], rejected: dict[int, Rejection]
+    ) -> _Written:
+        """One file a picture; what the file system has no name for is added to `rejected`."""
         files, checksums = [], []
         for row, item in encoded:
             size = {"width_px": item.record.original_width_px, "height_px": item.record.original_height_px}
             path = per_image_name(self._names[row].as_py(), self._config.npz_naming, **size)
-            files.append((path, write_per_image(self._latents / path, item.record)))
+            try:
+                files.append((path, write_per_image(self._latents / path, item.record)))
+            except OSError as error:
+                if error.errno not in _NO_SUCH_NAME:
+                    raise
+                rejected[row] = Rejection("bad_file_name", f"its latents cannot be called {path}: {error.strerror}")
+                continue
             checksums.append(files[-1][1].crc32)
         return files, list(range(len(files))), [-1] * len(files), checksums
 

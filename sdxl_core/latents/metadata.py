@@ -42,6 +42,8 @@ class Block(NamedTuple):
             and self.entries[number].train_resolution is None
             and text.endswith(b"\n  }")
             and text.isascii()
+            and b'"train_resolution"' not in text
+            and not text[:-4].rstrip().endswith(b"{")
         ):
             return b"  " + text[:-4] + _MORE % (width_px, height_px)
         entry = json.loads(b"{" + text + b"}")

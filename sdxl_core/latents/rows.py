@@ -80,7 +80,7 @@ class ShardRows:
 
     def places(self, rows: Ints, source: Path) -> list[ImagePlace]:
         """Where the pictures of rows are. Args: source: the folder of pictures, where no catalog names roots."""
-        columns = self.table.select(["root", "image", "tar", "offset", "num_bytes"]).take(pa.array(rows))
+        columns = self.table.select(["root", "image", "tar", "offset", "num_bytes", "mtime_ns"]).take(pa.array(rows))
         roots = self.roots or (source,)
         return [
             ImagePlace(
@@ -89,6 +89,7 @@ class ShardRows:
                 offset=row["offset"],
                 num_bytes=row["num_bytes"],
                 in_tar=row["tar"] is not None,
+                tar_mtime_ns=-1 if row["tar"] is None else row["mtime_ns"],
             )
             for row in columns.to_pylist()
         ]

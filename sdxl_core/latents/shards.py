@@ -4,24 +4,54 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from sdxl_core.catalog.images import ImagePlace, ImageReader
 from sdxl_core.config import CacheLatentsConfig
+from sdxl_core.errors import DataError
 from sdxl_core.latents.ledger import ShardLedger, Summary, finished, read_summary
+from sdxl_core.latents.rows import ShardRows
 from sdxl_core.refs import LatentShardRef, ShardRef
+
+TRIED_AGAIN = ("missing_image", "unreadable")  # what may have been a disk's fault, and not the picture's
 
 
 def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShardRef | None:
     """A finished shard's reference if every file is as it was written, else None.
 
-    Opens no picture, and latents only where their time differs (a copied cache). The caller holds the output's lock.
+    Opens no picture but those that could not be read, and latents only where their time differs (a copied cache). The
+    caller holds the output's lock.
     """
     latents = config.out / "latents"
     summary = finished(shard.path, latents)
+    if summary is not None:
+        again = _readable_now(shard, [row for row, why in summary.rejected if why.reason in TRIED_AGAIN], config)
+        if again:
+            settled(shard, latents).lose(again)
+            return None
     if summary is None and shard.path.exists():
         ledger = settled(shard, latents)
         if ledger.is_done:
             ledger.summarise()
             summary = read_summary(shard.path)
     return None if summary is None else reference(shard, summary)
+
+
+def _readable_now(shard: ShardRef, rows: list[int], config: CacheLatentsConfig) -> list[int]:
+    """Which of some rows have a picture that can be read."""
+    if not rows:
+        return []
+    places = ShardRows.open(shard.path).places(np.array(rows), config.source)
+    return [row for row, place in zip(rows, places, strict=True) if _is_readable(place)]
+
+
+def _is_readable(place: ImagePlace) -> bool:
+    try:
+        with ImageReader() as reader:
+            reader.read(place)
+    except DataError:
+        return False
+    return True
 
 
 def settled(shard: ShardRef, latents: Path) -> ShardLedger:

@@ -1,19 +1,29 @@
 """Sources, metadata and listings that change between plan, encoding and join: no key ever gets another's latents."""
 
 import json
+import os
 import shutil
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.latent_sets import collection, contents
 from support.pictures import encoded, picture
+from support.tars import write_tar
 
-from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig
+from sdxl_core.catalog.build import build_catalog
+from sdxl_core.catalog.config import CatalogConfig, CatalogSource
+from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
+from sdxl_core.devices import Slots
 from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.latents import cache, encode
 from sdxl_core.latents import plan as planning
 from sdxl_core.latents.cache import cache_latents, encode_shard, join_latents, plan_latents
 from sdxl_core.latents.index import LatentIndex
-from sdxl_core.latents.verify import remove_latents
+from sdxl_core.latents.metadata import blocks
+from sdxl_core.latents.verify import remove_latents, verify_latents
+from sdxl_core.rejected import read_rejected
 
 
 def reorder(config: CacheLatentsConfig) -> None:
@@ -86,3 +96,99 @@ def test_settings_that_were_deleted_do_not_let_others_in(make_job: Any) -> None:
         cache_latents(config.model_copy(update={"seed": 5}))
     assert not (config.out / "latents" / ".ledger" / "settings.json").exists()
     assert cache_latents(config).num_kept == 4
+
+
+@pytest.mark.parametrize("layout", ["per_image", "packed"])
+def test_a_picture_that_could_not_be_read_is_encoded_once_it_can(make_job: Any, layout: str) -> None:
+    config = make_job(collection(6), batch_size=2, layout=layout)
+    whole = cache_latents(config.model_copy(update={"out": config.out / "whole"}))
+    plan = plan_latents(config)
+    (config.source / "000.png").rename(config.out / "elsewhere.png")
+    for shard in plan.shards:
+        encode_shard(shard, config, "cpu")
+    (config.out / "elsewhere.png").rename(config.source / "000.png")
+    ref = cache_latents(config)
+    assert (ref.num_kept, ref.num_rejected) == (whole.num_kept, whole.num_rejected)
+    assert "000" in contents(config.out) and list(contents(config.out)) == list(contents(config.out / "whole"))
+    assert cache_latents(config).num_kept == ref.num_kept
+
+
+def test_a_source_that_vanishes_while_it_is_read_rejects_nothing(make_job: Any) -> None:
+    config = make_job(collection(6), commit_size=2)
+    plan = plan_latents(config)
+    config.source.rename(config.source.with_name("unplugged"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="is its disk mounted"):
+        checks: list[int] = []
+
+        def only_later(self: Any, check: Any = encode._ShardEncoder._check_roots) -> None:
+            checks.append(1)
+            if len(checks) > 1:
+                check(self)
+
+        patch.setattr(encode._ShardEncoder, "_check_roots", only_later)
+        encode_shard(plan.shards[0], config, "cpu")
+    config.source.with_name("unplugged").rename(config.source)
+    assert cache_latents(config).num_rejected == 0
+
+
+def test_a_tar_that_is_replaced_gives_no_other_picture(make_job: Any, tmp_path: Path) -> None:
+    names = ["1.png", "2.png"]
+    pictures = [encoded(picture(64, 64, seed=seed), "PNG") for seed in (1, 2)]
+    config = make_job(dict(zip(names, pictures, strict=True)))
+    tar = tmp_path / "tars" / "0000.tar"
+    tar.parent.mkdir()
+    write_tar(tar, list(zip(names, pictures, strict=True)))
+    build_catalog(CatalogConfig(sources=[CatalogSource(path=tar.parent)], out=tmp_path / "catalog"))
+    config = config.model_copy(update={"source": tmp_path / "catalog"})
+    plan = plan_latents(config)
+    write_tar(tar, list(zip(reversed(names), reversed(pictures), strict=True)))
+    os.utime(tar, ns=(1, 1))
+    with pytest.raises(DataError, match="Build the catalog again"):
+        encode_shard(plan.shards[0], config, "cpu")
+
+
+@pytest.mark.parametrize("options", [{"npz_naming": "size"}, {"npz_naming": "stem"}, {"layout": "packed"}])
+def test_names_that_the_file_system_has_no_room_for_cost_their_pictures(make_job: Any, options: dict[str, Any]) -> None:
+    some = encoded(picture(64, 64, seed=1), "PNG")
+    names = ["a.png", f"{'x' * 250}.png", "b.npz/c.png", "b.png", "z.png"]
+    config = make_job(dict.fromkeys(names, some), batch_size=4, **options)
+    ref = cache_latents(config)
+    rejected = [row.key for row in read_rejected(ref.rejected)]
+    expected = {"size": ["x" * 250], "stem": ["b"]}.get(options.get("npz_naming", ""), [])
+    assert rejected == expected and ref.num_kept == 5 - len(expected)
+    assert cache_latents(config).num_kept == ref.num_kept
+    verify_latents(VerifyLatentsConfig(path=config.out))
+
+
+def test_a_file_too_large_for_a_picture_is_not_read(make_job: Any) -> None:
+    config = make_job(collection(2))
+    victim = sorted(config.source.glob("*.png"))[0]
+    os.truncate(victim, 3 * 2**30)
+    ref = cache_latents(config)
+    assert [(row.key, row.reason) for row in read_rejected(ref.rejected)] == [(victim.stem, "too_large")]
+
+
+@pytest.mark.parametrize("text", ['"a": {\n  }', '"a": {\n    "train_resolution": null\n  }', '"a": {}'])
+def test_any_entry_gets_its_resolution_as_json_has_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meta.json").write_text('{\n  "0": {\n    "tags": "x"\n  },\n  ' + text + "\n}")
+    (block,) = blocks(tmp_path / "meta.json")
+    assert block.is_indented
+    told = b"{\n" + block.with_resolution(1, 64, 32) + b"\n}"
+    assert told.decode() == json.dumps({"a": {"train_resolution": [64, 32]}}, indent=2)
+
+
+def test_an_error_does_not_wait_for_the_other_devices(make_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_job(collection(6), shard_size=3, devices="cpu,cpu")
+    ended = threading.Event()
+
+    def work(shard: Any, config: Any, slots: Slots) -> None:
+        if shard.index == 0:
+            raise ConfigError("of the first device")
+        while not slots.slots[1]._closed:
+            assert not ended.wait(0.05), "the second device was waited for"
+
+    monkeypatch.setattr(cache, "encode_shard_in_slots", work)
+    threading.Timer(20, ended.set).start()
+    with pytest.raises(ConfigError, match="of the first device"):
+        cache_latents(config)
+    assert not ended.is_set()

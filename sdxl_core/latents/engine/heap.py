@@ -7,6 +7,7 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
 KEPT_BYTES = 512 * 1024 * 1024
+OLD_MOST_BYTES = 32 * 1024 * 1024  # what older versions take
 
 
 @cache
@@ -18,5 +19,5 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, OLD_MOST_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -10,12 +10,14 @@ from types import TracebackType
 from typing import Self
 
 from sdxl_core.catalog.images import ImagePlace
+from sdxl_core.errors import DataError
 from sdxl_core.images.decode import BadPicture
 from sdxl_core.latents.engine.records import Picture
 from sdxl_core.roots import data_roots, is_allowed
 
 AHEAD = 16
 MAX_OPEN_TARS = 32
+MAX_FILE_BYTES = 2**31
 
 
 class Reader:
@@ -52,13 +54,20 @@ class Reader:
     def read(self, place: ImagePlace) -> bytes:
         """A picture's bytes.
 
-        Raises: BadPicture: missing_image, unreadable, outside_roots.
+        Raises: BadPicture: missing_image, unreadable, outside_roots, too_large.
+                DataError: the tar is another than was planned with: other pictures may be at its offsets.
         """
         if not is_allowed(place.path, self._roots):
             raise BadPicture("outside_roots", f"{place.path} leads out of the data roots of this machine")
         try:
             if place.in_tar:
-                data = os.pread(self._tar(place.path), place.num_bytes, place.offset)
+                handle = self._tar(place.path)
+                data = os.pread(handle, place.num_bytes, place.offset)
+                if place.tar_mtime_ns not in (-1, os.fstat(handle).st_mtime_ns):
+                    raise DataError(
+                        f"{place.path}: was written again since the catalog was built, so other pictures may be where "
+                        f"{place.name} was. Build the catalog again, then run the same command again."
+                    )
                 if len(data) != place.num_bytes:
                     raise BadPicture("unreadable", f"{place.path} ends within {place.name}: the tar was cut")
                 return data
@@ -74,6 +83,9 @@ class Reader:
         if handle is None:
             handle = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
         with open(handle, "rb", buffering=0) as file:
+            num_bytes = os.fstat(handle).st_size
+            if num_bytes > MAX_FILE_BYTES:
+                raise BadPicture("too_large", f"{place.name} has {num_bytes} bytes; that is no picture")
             return file.readall()
 
     def _tar(self, path: Path) -> int:
