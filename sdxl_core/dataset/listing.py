@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import numpy as np
 
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of
@@ -16,6 +20,7 @@ from sdxl_core.rejected import Rejected
 from sdxl_core.roots import data_roots, is_allowed
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+NAMES_A_CHUNK = 4_096
 
 
 class ImageFile(NamedTuple):
@@ -31,20 +36,54 @@ class ImageFile(NamedTuple):
         return key_of(self.name)
 
 
+@dataclass(slots=True)
+class Names:
+    """Many names in order, joined as UTF-8 by some thousands: a few bytes a name more than they are written with."""
+
+    _chunks: list[bytes] = field(default_factory=list)
+    _ends: list[int] = field(default_factory=list)  # how many names are in a chunk and in those before
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Self:
+        packed = cls()
+        for start in range(0, len(names), NAMES_A_CHUNK):
+            packed.add(names[start : start + NAMES_A_CHUNK])
+        return packed
+
+    def add(self, names: Sequence[str]) -> None:
+        if names:
+            self._chunks.append("\0".join(names).encode("utf-8", "surrogateescape"))
+            self._ends.append(len(self) + len(names))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._chunks:
+            yield from chunk.decode("utf-8", "surrogateescape").split("\0")
+
+    def part(self, start: int, stop: int) -> list[str]:
+        """The names from `start` to before `stop`."""
+        first = bisect_right(self._ends, start)
+        last = bisect_left(self._ends, stop) + 1
+        names = list(Names(self._chunks[first:last], self._ends[first:last]))
+        before = self._ends[first - 1] if first else 0
+        return names[start - before : stop - before]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameListing:
     """Names of the pictures below `source`, sorted as sd-scripts sorts; `rejected`: names that cannot be used.
 
-    `names` and `text_names` are POSIX paths below the source; `keys`: the names without extension; `text_names`: every
-    file with one of the asked text extensions, in no order.   `has_odd_texts`: something else has the name of a text: a
-    folder, a pipe, a link out of the data roots.
+    `names` and `text_names` are POSIX paths below the source; `text_names`: every file with one of the asked text
+    extensions, in no order.   `has_odd_texts`: something else has the name of a text: a folder, a pipe, a link out of
+    the data roots.
     """
 
     source: Path
-    names: tuple[str, ...]
-    keys: tuple[str, ...]
+    names: Names
     rejected: tuple[Rejected, ...]
-    text_names: list[str]
+    text_names: Names
     has_odd_texts: bool
 
     @property
@@ -108,34 +147,38 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
         for name in _in_order(scan.outside)
     ]
     names = _in_order(scan.images)
-    keys = _keys_of(names)
     spelled_well = all(map(str.isascii, names)) or all(map(_is_utf8, names))
-    if not spelled_well or len(set(keys)) < len(keys):
-        names, keys, refused = _without_refused(names, keys, stage)
+    if not spelled_well or _may_share_stems(names):
+        names, refused = _without_refused(names, stage)
         rejected += refused
     return NameListing(
         source=source,
-        names=tuple(names),
-        keys=tuple(keys),
+        names=Names.of(names),
         rejected=tuple(rejected),
         text_names=scan.texts,
         has_odd_texts=scan.has_odd_texts,
     )
 
 
-def _keys_of(names: list[str]) -> list[str]:
+def keys_of(names: Sequence[str]) -> list[str]:
     """`key_of` of every picture; their names have a dot in the last part."""
     stems = [name.rpartition(".")[0] for name in names]
     return [stem if stem and stem[-1] != "/" else name for stem, name in zip(stems, names, strict=True)]
 
 
-def _without_refused(names: list[str], keys: list[str], stage: str) -> tuple[list[str], list[str], list[Rejected]]:
-    """The names that can be used, their keys, and why the others cannot."""
+def _may_share_stems(names: Sequence[str]) -> bool:
+    """False: no two pictures have one key. 64-bit hashes are compared, 8 bytes a picture."""
+    hashes = np.fromiter((hash(name.rpartition(".")[0]) for name in names), np.int64, len(names))
+    hashes.sort()
+    return bool((hashes[1:] == hashes[:-1]).any())
+
+
+def _without_refused(names: Sequence[str], stage: str) -> tuple[list[str], list[Rejected]]:
+    """The names that can be used, and why the others cannot."""
     used: list[str] = []
-    used_keys: list[str] = []
     refused: list[Rejected] = []
     owner: dict[str, str] = {}
-    for name, key in zip(names, keys, strict=True):
+    for name, key in zip(names, keys_of(names), strict=True):
         first = owner.setdefault(key, name)
         if not (name.isascii() or _is_utf8(name)):
             detail = "the file name is not valid UTF-8; rename the file"
@@ -145,8 +188,7 @@ def _without_refused(names: list[str], keys: list[str], stage: str) -> tuple[lis
             refused.append(Rejected(stage=stage, key=name, reason="duplicate_key", detail=detail))
         else:
             used.append(name)
-            used_keys.append(key)
-    return used, used_keys, refused
+    return used, refused
 
 
 def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: tuple[str, ...] = ()) -> ImageListing:
@@ -172,7 +214,7 @@ class _Scan(NamedTuple):
     images: list[str]
     dangling: list[str]
     outside: list[str]
-    texts: list[str]
+    texts: Names
     has_odd_texts: bool
 
 
@@ -185,6 +227,7 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
     outside: list[str] = []
     dangling: list[str] = []
     texts: list[str] = []
+    packed_texts = Names()
     has_odd_texts = False
     lists = dict.fromkeys(text_extensions, texts) | dict.fromkeys(IMAGE_EXTENSIONS, images)  # by extension
     folders, links = [""], list[str]()
@@ -203,7 +246,7 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 continue
             visited.add((status.st_dev, status.st_ino))
             with os.scandir(source / prefix) as entries:
-                for entry in entries:
+                for entry in _and_pack(entries, texts, packed_texts):
                     name = entry.name
                     if entry.is_file(follow_symlinks=False):
                         extension = name[name.rfind(".") :]
@@ -232,7 +275,17 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 f"{source / prefix}: this folder cannot be read ({error.strerror}), so its pictures are unknown. "
                 f"Change its permissions, or move it out of {source}."
             ) from error
-    return _Scan(images, dangling, outside, texts, has_odd_texts)
+    packed_texts.add(texts)
+    return _Scan(images, dangling, outside, packed_texts, has_odd_texts)
+
+
+def _and_pack(entries: Iterator[os.DirEntry[str]], texts: list[str], packed: Names) -> Iterator[os.DirEntry[str]]:
+    """The entries; meanwhile `texts` that were found are packed whenever they are many."""
+    while some := list(islice(entries, NAMES_A_CHUNK)):
+        yield from some
+        if len(texts) >= NAMES_A_CHUNK // 2:
+            packed.add(texts)
+            texts.clear()
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
@@ -247,13 +300,15 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 
 
 def _in_order(names: list[str]) -> list[str]:
-    """By path parts: `b/1` comes before `b-c/1`, though "-" sorts before "/"."""
+    """Sorted in place by path parts: `b/1` comes before `b-c/1`, though "-" sorts before "/"."""
     if any("/" in name for name in names):
-        return sorted(names, key=lambda name: name.replace("/", "\0"))  # what sorts before all a name may have
-    return sorted(names)
+        names.sort(key=lambda name: name.replace("/", "\0"))  # what sorts before all a name may have
+    else:
+        names.sort()
+    return names
 
 
-def _with_sizes(source: Path, names: tuple[str, ...] | list[str]) -> list[ImageFile]:
+def _with_sizes(source: Path, names: Iterable[str]) -> list[ImageFile]:
     images: list[ImageFile] = []
     prefix = os.path.join(source, "")
     for name in names:

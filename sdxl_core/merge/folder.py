@@ -16,7 +16,7 @@ import orjson
 
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
-from sdxl_core.dataset.listing import NameListing, key_of, list_names
+from sdxl_core.dataset.listing import NameListing, key_of, keys_of, list_names
 from sdxl_core.dataset.text import UnreadableText
 from sdxl_core.errors import DataError
 from sdxl_core.files import digest_of, write_atomic
@@ -59,7 +59,7 @@ def list_folder(config: MergeTagsConfig) -> NameListing:
     """The pictures and text files. Raises: ConfigError.   DataError: no picture that can be used."""
     extensions = (config.tag_extension, config.caption_extension)
     listing = list_names(config.source, recursive=config.recursive, stage=STAGE, text_extensions=extensions)
-    if not listing.names:
+    if not len(listing.names):
         raise DataError(
             f"{config.source}: every picture was rejected, the first: {listing.rejected[0].key}: "
             f"{listing.rejected[0].detail}."
@@ -111,8 +111,8 @@ class _Part:
 
     index: int
     start: int
-    names: tuple[str, ...]
-    keys: tuple[str, ...]
+    names: list[str]
+    keys: list[str]
     rejected: list[tuple[str, str, str]]
     num_lonely: int
 
@@ -121,7 +121,8 @@ class _Part:
         start, stop = (len(listing.names) * i // num_parts for i in (index, index + 1))
         rejected = [(row.key, row.reason, row.detail) for row in listing.rejected] if index == 0 else []
         num_lonely = _num_lonely(listing, (config.tag_extension, config.caption_extension)) if index == 0 else 0
-        return cls(index, start, listing.names[start:stop], listing.keys[start:stop], rejected, num_lonely)
+        names = listing.names.part(start, stop)
+        return cls(index, start, names, keys_of(names), rejected, num_lonely)
 
     def columns(self, tags: list[int], captions: list[int]) -> dict[str, Any]:
         return {
@@ -135,12 +136,12 @@ class _Part:
 
 def _num_lonely(listing: NameListing, extensions: Sequence[str]) -> int:
     """How many text files are no picture's. 64-bit hashes are compared, which hold 16 bytes a picture for a moment."""
-    names = listing.text_names
-    ends = [end for end in dict.fromkeys(extensions) if any(name.endswith(end) for name in names)]
-    theirs = (hash(key + end) for end in ends for key in listing.keys)
-    hashes = np.fromiter(chain(map(hash, names), theirs), np.int64, len(names) + len(ends) * len(listing.keys))
+    texts, names = listing.text_names, listing.names
+    ends = [end for end in dict.fromkeys(extensions) if any(text.endswith(end) for text in texts)]
+    theirs = (hash(key_of(name) + end) for end in ends for name in names)
+    hashes = np.fromiter(chain(map(hash, texts), theirs), np.int64, len(texts) + len(ends) * len(names))
     hashes.sort()
-    return len(names) - int(np.count_nonzero(hashes[1:] == hashes[:-1]))
+    return len(texts) - int(np.count_nonzero(hashes[1:] == hashes[:-1]))
 
 
 def _shard(config: MergeTagsConfig, part: _Part, columns: dict[str, Any]) -> tuple[ShardRef, bytes]:
@@ -178,7 +179,7 @@ def pieces_of_folder(config: MergeTagsConfig, stored: dict[str, Any], counts: Co
     """The entries of a stored listing, in its order."""
     counts.rejected += [refuse(key, reason, detail) for key, reason, detail in stored["rejected"]]
     counts.missing["image"] += stored["num_lonely"]
-    keys = [key_of(name) for name in stored["names"]]
+    keys = keys_of(stored["names"])
     tags, captions = (
         Texts(config.source, extension, [size >= 0 for size in stored[kind][::2]])
         for kind, extension in (("tags", config.tag_extension), ("captions", config.caption_extension))

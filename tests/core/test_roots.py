@@ -65,7 +65,7 @@ def test_links_among_the_pictures_are_not_followed_out(roots: Path) -> None:
     (source / "in.txt").symlink_to(roots / "secret" / "words")
     (source / "folder").symlink_to(roots / "secret" / "more")
     listing = list_names(source, recursive=True, stage="merge", text_extensions=(".txt",))
-    assert listing.names == ("in.png",) and not listing.texts
+    assert list(listing.names) == ["in.png"] and not listing.texts
     assert [(row.key, row.reason) for row in listing.rejected] == [("linked.png", "outside_roots")]
     with pytest.raises(DataError):  # its only picture has no text that may be read
         merge_tags(merge(source, roots / "data" / "m.json"))
