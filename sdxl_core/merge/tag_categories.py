@@ -12,7 +12,7 @@ from sdxl_core.catalog.words import CATEGORIES
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset.metadata import TAG_CATEGORIES
 from sdxl_core.dataset.text import normalise_tag
-from sdxl_core.files import write_atomic
+from sdxl_core.files import remove_stale_partials, write_atomic
 
 
 def write_tag_categories(config: MergeTagsConfig) -> Path | None:
@@ -31,5 +31,6 @@ def write_tag_categories(config: MergeTagsConfig) -> Path | None:
     if not categories:
         return None
     path = config.out.with_name(TAG_CATEGORIES)
+    remove_stale_partials(path.parent, name=path.name)
     write_atomic(path, orjson.dumps(categories))
     return path
