@@ -42,13 +42,12 @@ def lineage_text(lineage: Lineage) -> str:
 
 def lineage_markdown(lineage: Lineage) -> str:
     """The chain from query to checkpoint, what was checked, and the commonest tags, for the browser's artifacts."""
-    lines = [f"# How {lineage.file.name} came to be", "", "| stage | what it said | finished (UTC) |", "|---|---|---|"]
-    lines += [f"| query | {_cell(lineage.query or 'none: every picture of the source')} | |"]
+    lines = [f"# How {lineage.file.name} came to be", ""]
     lines += [
-        f"| {name} | {_cell(summary)} | {finished[:16].replace('T', ' ')} |"
-        for name, summary, finished in _chain(lineage)
+        f"1. **query**: `{lineage.query}`" if lineage.query else "1. **query**: none, every picture of the source"
     ]
-    lines += [f"| checkpoint | {lineage.num_steps} steps, SHA-256 `{lineage.sha256}` | |", ""]
+    lines += [f"1. **{name}**: {summary}" for name, summary, _ in _chain(lineage)]
+    lines += [f"1. **checkpoint**: {lineage.num_steps} steps, SHA-256 `{lineage.sha256}`", ""]
     lines += [f"Made by {_code_words(lineage)}.", "", "| checked | what | where |", "|---|---|---|"]
     lines += [f"| {CHECK_WORDS[check.state]} | {check.what} | `{check.path}` |" for check in lineage.checks]
     if _fits_a_page(lineage.metadata):

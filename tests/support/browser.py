@@ -1,0 +1,62 @@
+"""A headless Chromium, as Debian packages it, over the server's pages."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+
+
+def missing() -> str:
+    """What keeps this machine from having a browser, "" if nothing."""
+    left = [path for path in (CHROMIUM, DRIVER) if shutil.which(path) is None]
+    return f"{' and '.join(left)} not there: apt-get install chromium chromium-driver" if left else ""
+
+
+class Browser:
+    """Finding what a person would look for: by the text it shows."""
+
+    def __init__(self, driver: webdriver.Chrome, address: str) -> None:
+        self.driver, self.address = driver, address
+
+    def open(self, path: str) -> None:
+        self.driver.get(path if ":" in path else f"{self.address}{path}")
+
+    def find(self, xpath: str, *, timeout_s: float = 60) -> WebElement:
+        """The first visible element, once there is one."""
+
+        def visible(driver: webdriver.Chrome) -> WebElement | None:
+            return next((one for one in driver.find_elements(By.XPATH, xpath) if one.is_displayed()), None)
+
+        return WebDriverWait(
+            self.driver, timeout_s, ignored_exceptions=(WebDriverException,)
+        ).until(visible, f"{xpath} is not shown at {self.driver.current_url}")  # fmt: skip
+
+    def shoot(self, path: Path, *, height_px: int = 900) -> None:
+        """Keep a picture of the page."""
+        self.driver.set_window_size(1280, height_px)
+        with Image.open(io.BytesIO(self.driver.get_screenshot_as_png())) as picture:
+            picture.convert("RGB").quantize(128).save(path, optimize=True)
+
+
+@contextmanager
+def browser(address: str) -> Iterator[Browser]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run"):
+        options.add_argument(option)
+    options.add_argument("--window-size=1280,900")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield Browser(driver, address)
+    finally:
+        driver.quit()
