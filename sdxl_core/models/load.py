@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ TINY: Preset = "tiny"
 TINY_MEAN_GAIN, TINY_LOGVAR = 50.0, -2.0
 OLD_SCALING_FACTOR = 0.18215  # Stable Diffusion 1 and 2, and what diffusers assumes where a config names none
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+_MAKING = threading.Lock()  # accelerate's empty weights and torch's seed hold for all threads of a process
 _CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -321,7 +323,7 @@ def _new_module(part: Component, preset: Preset) -> Any:
 
 
 def _random_module(part: Component, seed: int, dtype: torch.dtype) -> Any:
-    with torch.random.fork_rng(devices=[]):
+    with _MAKING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * len(MODEL_COMPONENTS) + MODEL_COMPONENTS.index(part))
         module = _new_module(part, "tiny").eval()
         if part == "vae":
@@ -347,8 +349,9 @@ def _fill(part: Component, preset: Preset, tensors: Mapping[str, Tensor], dtype:
     """A module with these (checked) tensors, never held twice: it is made without weights, which are then assigned."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
-        module = _new_module(part, preset)
-    named = module_names({key: tensor.to(dtype) for key, tensor in tensors.items()}, module.state_dict())
-    module.load_state_dict(named, strict=True, assign=True)
+    cast = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    with _MAKING:
+        with init_empty_weights(include_buffers=False):
+            module = _new_module(part, preset)
+        module.load_state_dict(module_names(cast, module.state_dict()), strict=True, assign=True)
     return module.eval()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sdxl_core.config import TrainConfig, TrainOptions
 from sdxl_core.errors import CheckpointError, ConfigError
@@ -115,7 +116,7 @@ def checkpoint_activations(modules: Mapping[str, Any], config: TrainConfig) -> N
     if mode == "none":
         return
     unet = modules["unet"]
-    unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(_compute_again)
     if mode == "blocks":
         for module in unet.modules():
             if hasattr(module, "gradient_checkpointing") and type(module).__name__ != "Transformer2DModel":
@@ -126,10 +127,15 @@ def checkpoint_activations(modules: Mapping[str, Any], config: TrainConfig) -> N
             _checkpoint_activations(modules[part])
 
 
+def _compute_again(module: Any, *inputs: Any) -> Any:
+    """Nothing in SDXL's forward pass is random, so torch's seed, which other threads share, is left alone."""
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def _checkpoint_activations(text_encoder: Any) -> None:
     """transformers renamed the switch within release 5."""
     enable = getattr(text_encoder, "activation_checkpointing_enable", None)
-    (enable or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False})
+    (enable or text_encoder.gradient_checkpointing_enable)({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _freeze_unused(text_encoder: nn.Module) -> None:

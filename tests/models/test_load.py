@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_parts_are_the_same_whichever_are_asked_for(tiny: SdxlModels) -> None:
     assert only.unet is None
     assert only.text_encoder is None
     assert torch.equal(only.vae.encoder.conv_in.weight, tiny.vae.encoder.conv_in.weight)
+
+
+def test_threads_that_load_at_once_get_the_same_weights(tiny: SdxlModels, single_file: Path) -> None:
+    """As previews do while a model is written: torch's seed, and how accelerate makes modules, are every thread's."""
+
+    def load(source: str) -> SdxlModels:
+        return load_models(source, dtype=torch.float32, seed=3)
+
+    with ThreadPoolExecutor(4) as pool:
+        for models in pool.map(load, ["tiny", str(single_file)] * 3):
+            assert_same_models(models, tiny)
+    assert not torch.nn.Linear(1, 1).weight.is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

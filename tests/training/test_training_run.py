@@ -1,6 +1,8 @@
 """Whole runs in this process: what they leave, that they repeat exactly, and that stopping changes nothing."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,28 @@ def test_checkpointing_activations_changes_no_number(train: Train, config: Confi
         runs[i] = run.model_copy(update={"out": run.out / str(i)})
         assert train(runs[i])
     assert_same_tensors(checkpoint(runs[0]), checkpoint(runs[1]))
+
+
+def test_models_that_are_made_beside_training_have_their_own_weights(train: Train, config: Configure) -> None:
+    """A thread writes a model while steps compute activations again: neither moves the other's random numbers."""
+    done = threading.Event()
+
+    def vaes() -> list[dict[str, Tensor]]:
+        made = []
+        while not done.is_set():
+            made.append(load_models("tiny", parts=("vae",), dtype=torch.float32).vae.state_dict())
+        return made
+
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(vaes)
+        try:
+            assert train(config(**PLAIN | {"gradient_checkpointing": "all"}, learning_rate_te2=1e-4, max_train_steps=3))
+        finally:
+            done.set()
+        first, *others = beside.result()
+    assert others
+    for made in others:
+        assert_same_tensors(made, first)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied_and_names_the_picture(
