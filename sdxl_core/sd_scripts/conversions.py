@@ -14,6 +14,12 @@ from sdxl_core.sd_scripts.options import Given, option_table
 _NOT_IN_TRAINING = "the latents are cached already; it mattered when they were made"
 _PATHS = {"pretrained_model_name_or_path", "train_data_dir", "in_json", "output_dir", "vae", "sample_prompts"}
 _OPTIMIZERS = {"adamw", "adamw8bit", "pagedadamw8bit", "lion8bit", "adafactor"}
+_NO_DECAY = {"lion8bit", "adafactor"}  # without weight decay unless they are told, as these libraries have them
+_OWN_PARAMETERS = {"betas": "adam_betas", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
+_TAKES = {  # which of them are parameters of ours; other optimizers get optimizer_args alone
+    **dict.fromkeys(("adamw", "adamw8bit", "pagedadamw8bit"), frozenset(_OWN_PARAMETERS)),
+    **dict.fromkeys(_NO_DECAY, frozenset({"weight_decay"})),
+}
 _SCHEDULERS = {
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay",
 }  # fmt: skip
@@ -158,12 +164,16 @@ class Conversion:
                     f"{wanted} is not among the optimizers here; adamw stands in its place. Any module.Class can be "
                     f"named as optimizer",
                 )
+        if self.values["train.optimizer"] in _NO_DECAY:
+            self.values["train.weight_decay"] = 0.0
         if self._has("optimizer_args"):
             self._optimizer_arguments(self.given["optimizer_args"])
+        if self.values["train.optimizer"] == "adafactor":
+            self._adafactor()
 
     def _optimizer_arguments(self, words: list[str]) -> None:
-        ours = {"betas": "adam_betas", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
-        more = {}
+        takes = _TAKES.get(self.values["train.optimizer"], frozenset())
+        more, places = {}, []
         for word in words:
             name, _, text = word.partition("=")
             try:
@@ -171,13 +181,25 @@ class Conversion:
             except (ValueError, SyntaxError):
                 value = text
             value = list(value) if isinstance(value, tuple) else value
-            if name in ours and self.values["train.optimizer"] != "adafactor":
-                self.values[f"train.{ours[name]}"] = value
+            if name in takes:
+                self.values[f"train.{_OWN_PARAMETERS[name]}"] = value
+                places.append(_OWN_PARAMETERS[name])
             else:
                 more[name] = value
         if more:
             self.values["train.optimizer_args"] = more
-        self.mapped["optimizer_args"] = "train.optimizer_args, adam_betas, adam_epsilon, weight_decay"
+        self.mapped["optimizer_args"] = "train." + ", ".join([*(["optimizer_args"] if more else []), *places])
+
+    def _adafactor(self) -> None:
+        """There it finds a rate of its own unless it is told not to, and scales by the parameter; ours does neither."""
+        arguments = self.values.setdefault("train.optimizer_args", {})
+        if arguments.pop("relative_step", True):
+            self.notes.append(
+                "Adafactor with relative steps finds a rate of its own in sd-scripts and ignores learning_rate; here "
+                "learning_rate counts, so look at it"
+            )
+        arguments.pop("warmup_init", None)  # belongs to relative steps
+        arguments.setdefault("scale_parameter", True)
 
     def _schedule(self) -> None:
         name = self._text("lr_scheduler")
@@ -232,8 +254,6 @@ class Conversion:
             self.values["train.caption_line"] = "random"  # two things in one switch there
         if self._has("max_token_length"):
             self._set("max_token_length", "train.max_token_length", int(self._number("max_token_length")))
-        if self._has("enable_wildcard"):
-            self.values["train.caption_line"] = "random"  # there one switch does both
         if self._has("v_parameterization"):
             self._set("v_parameterization", "train.prediction_type", "v_prediction")
         for name in ("masked_loss", "alpha_mask"):

@@ -162,9 +162,16 @@ def test_what_is_left_unsaid_is_sd_scripts_default(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         ("--optimizer_type=Lion8bit", {"optimizer": "lion8bit"}),
-        ("--optimizer_type Adafactor --optimizer_args relative_step=False warmup_init=False",
-         {"optimizer": "adafactor", "optimizer_args": {"relative_step": False, "warmup_init": False}}),
-        ("--optimizer_type=torch.optim.RAdam", {"optimizer": "torch.optim.RAdam"}),
+        ("--optimizer_type Adafactor --optimizer_args relative_step=False warmup_init=False scale_parameter=False",
+         {"optimizer": "adafactor", "optimizer_args": {"scale_parameter": False}, "weight_decay": 0.0}),
+        ("--optimizer_type Adafactor --optimizer_args relative_step=False weight_decay=0.1",
+         {"optimizer": "adafactor", "optimizer_args": {"scale_parameter": True}, "weight_decay": 0.1}),
+        ("--optimizer_type Lion8bit --optimizer_args betas=0.95,0.98",
+         {"optimizer_args": {"betas": [0.95, 0.98]}, "adam_betas": (0.9, 0.999), "weight_decay": 0.0}),
+        ("--optimizer_type=torch.optim.RAdam --optimizer_args weight_decay=0.1 betas=0.8,0.9",
+         {"optimizer": "torch.optim.RAdam", "optimizer_args": {"weight_decay": 0.1, "betas": [0.8, 0.9]}}),
+        ("--optimizer_type=AdamW --optimizer_args weight_decay=0.1 betas=0.8,0.9 amsgrad=True",
+         {"optimizer_args": {"amsgrad": True}, "weight_decay": 0.1, "adam_betas": (0.8, 0.9)}),
         ("--lr_warmup_steps=10", {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10}),
         ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3",
          {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}),
@@ -212,6 +219,13 @@ def test_values_are_translated(tmp_path: Path, words: str, expected: dict[str, A
 )
 def test_what_cannot_be_carried_over_says_why(tmp_path: Path, words: str, option: str, why: str) -> None:
     assert why in imported(tmp_path, f"{MINIMAL} {words}").not_mapped[option]
+
+
+def test_a_rate_that_adafactor_would_have_found_itself_is_noted(tmp_path: Path) -> None:
+    told = imported(tmp_path, f"{MINIMAL} --optimizer_type=Adafactor")
+    assert any("Adafactor with relative steps" in note for note in told.notes)
+    plain = imported(tmp_path, f"{MINIMAL} --optimizer_type=Adafactor --optimizer_args relative_step=False")
+    assert not any("Adafactor" in note for note in plain.notes)
 
 
 def test_processes_of_the_launcher_count(tmp_path: Path) -> None:
