@@ -10,16 +10,15 @@ import orjson
 
 from sdxl_core import __version__
 from sdxl_core.config import TrainConfig
-from sdxl_core.files import sha256_file
 
 KEY = "sdxl_flows.lineage"
 FORMAT = 1
 
 
-def lineage_metadata(config: TrainConfig) -> dict[str, str]:
+def lineage_metadata(config: TrainConfig, *, metadata_sha256: str) -> dict[str, str]:
     """One entry for the metadata of a .safetensors: where its run was, what the stages before training said, which
 
-    meta_lat.json it was trained on (by digest), and which code did it.
+    meta_lat.json it was trained on (by digest: the file may have changed or gone since), and which code did it.
     """
     from sdxl_core.run_record import read_run_record, versions
 
@@ -27,7 +26,7 @@ def lineage_metadata(config: TrainConfig) -> dict[str, str]:
     record = {
         "format": FORMAT,
         "run": str(config.out.resolve()),
-        "metadata": {"path": str(config.metadata.resolve()), "sha256": sha256_file(config.metadata)},
+        "metadata": {"path": str(config.metadata.resolve()), "sha256": metadata_sha256},
         "stages": {name: stage for name, stage in stages.items() if name != "train"},
         "versions": versions(),
         "code": code_identity(),

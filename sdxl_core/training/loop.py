@@ -108,7 +108,7 @@ class Run:
         self.average = LossAverage(plan.num_steps)
         rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if self.is_sharded else (0, 1)
         self.run_state = RunState(
-            self.updater, config=config, settings=self.settings, digest=training_set.digest, average=self.average,
+            self.updater, config=config, settings=self.settings, training_set=training_set, average=self.average,
             guard=self.guard, rank=rank, writes=self.writes,
         )  # fmt: skip
         self.saver = Saver(self.state, keep=config.keep_states, rank=rank, num_ranks=num_ranks)

@@ -179,7 +179,7 @@ def save_checkpoint(
         "sdxl_flows.config": config.model_dump_json(),
         "sdxl_flows.dataset_digest": generation.scalars["dataset_digest"],
         "sdxl_flows.steps": str(generation.step),
-        **lineage_metadata(config),
+        **lineage_metadata(config, metadata_sha256=generation.scalars["metadata_sha256"]),
         **{f"modelspec.{name}": text for name, text in config.modelspec.items()},
     }
     if weights == "ema":

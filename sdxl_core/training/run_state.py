@@ -16,6 +16,7 @@ from sdxl_core.training.loss_average import LossAverage
 from sdxl_core.training.parallel import Piece, local
 from sdxl_core.training.reshard import gather_piece, optimizer_states
 from sdxl_core.training.state import Generation, Snapshot
+from sdxl_core.training.training_set import TrainingSet
 from sdxl_core.training.updates import Updater
 
 logger = logging.getLogger(__name__)
@@ -30,15 +31,19 @@ class RunState:
         *,
         config: TrainConfig,
         settings: dict[str, Any],
-        digest: str,
+        training_set: TrainingSet,
         average: LossAverage,
         guard: Guard,
         rank: int,
         writes: bool,
     ) -> None:
-        """`settings`: `run_settings`; `digest`: of the training set.   writes: does this process save anything?"""
+        """`settings`: `run_settings`.   writes: does this process save anything?"""
         self._updater, self._settings, self._rank = updater, settings, rank
-        self._about = {"config": config.model_dump(mode="json"), "dataset_digest": digest}
+        self._about = {
+            "config": config.model_dump(mode="json"),
+            "dataset_digest": training_set.digest,
+            "metadata_sha256": training_set.metadata_sha256,
+        }
         self.average, self.guard = average, guard
         self.weights = {name: local(parameter.detach()) for _, name, parameter in updater.walk()}
         self.ema: Ema | None = None

@@ -38,12 +38,14 @@ class Sample:
 class TrainingSet:
     """All samples in the order of meta_lat.json, among them those that are held out.
 
-    digest: 64 hex digits over keys, texts, buckets and, where cache-latents made them, the latents' settings.
+    digest: 64 hex digits over the bytes of the metadata JSON (keys, texts, buckets, order) and, where cache-latents
+    made them, the latents' settings.   metadata_sha256: of the JSON alone.
     buckets: (width_px, height_px), ascending.   trained, heldout: for each bucket its samples' numbers, int32 [n].
     """
 
     def __init__(self, index: LatentIndex, *, heldout: tuple[float, int] = (0.0, 0), seed: int = 0) -> None:
         self._index = index
+        self.metadata_sha256 = index.metadata_sha256
         self.digest = digest_of(index.metadata_sha256, index.fingerprint, index.num_rows)
         codes, self.buckets = _bucket_codes(index)
         held = heldout_mask(index, share=heldout[0], count=heldout[1], seed=seed)

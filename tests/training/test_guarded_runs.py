@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError, DiskFullError, TrainingError
+from sdxl_core.files import sha256_file
+from sdxl_core.lineage.record import KEY
 from sdxl_core.training import loop, saving
 from sdxl_core.training.guard import WARM_UP_STEPS, Guard
 from sdxl_core.training.result import read_result
@@ -35,6 +39,11 @@ def model(config: TrainConfig) -> dict[str, Tensor]:
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def told_lineage(path: Path) -> Any:
+    with safe_open(path, "pt") as file:
+        return orjson.loads(file.metadata()[KEY])
 
 
 def elsewhere(config: TrainConfig, name: str, **changes: Any) -> TrainConfig:
@@ -165,7 +174,9 @@ def test_the_average_of_the_weights_is_what_it_says_and_can_be_exported(config: 
     for step in (2, 4):
         expected = 0.8**2 * expected + (1 - 0.8**2) * states[step].tensors["weights"][name]
     torch.testing.assert_close(states[4].tensors["ema"][name], expected, rtol=1e-6, atol=1e-8)
-    file = loop.save_checkpoint(states[4], path=run.out / "ema.safetensors", weights="ema")
+    later = run.model_copy(update={"metadata": run.out / "gone.json"})
+    file = loop.save_checkpoint(states[4], path=run.out / "ema.safetensors", weights="ema", config=later)
+    assert told_lineage(file.path)["metadata"]["sha256"] == sha256_file(run.metadata), "as it was when it was read"
     exported = load_file(file.path)
     assert torch.equal(exported["model.diffusion_model.out.2.weight"], states[4].tensors["ema"][name])
     frozen = "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"
@@ -227,6 +238,8 @@ def test_minutes_and_models_on_the_way(config: Configure, train: Train, monkeypa
     assert sorted(path.name for path in (run.out / "model").iterdir()) == [
         "last-step00000003.safetensors", "last-step00000004.safetensors", "last.safetensors",
     ]  # fmt: skip
+    for path in (run.out / "model").iterdir():
+        assert told_lineage(path)["metadata"]["sha256"] == sha256_file(run.metadata), path.name
     clock = iter(range(0, 10**9, 40))  # every look at it is 40 seconds later
     monkeypatch.setattr(saving.time, "monotonic", lambda: float(next(clock)))
     times = SaveTimes(run, steps_per_epoch=100)
