@@ -76,8 +76,9 @@ class Generation:
 def save_snapshot(
     folder: Path, snapshot: Snapshot, *, keep: int = KEPT_GENERATIONS, rank: int = 0, num_ranks: int = 1
 ) -> Path:
-    """Write a generation beside the others, give it its name, then delete all but the newest `keep`.
+    """Write a generation beside the others, give it its name, then delete all but the newest `keep` up to it.
 
+    A later one is damaged, or it would have been continued: it does not count, and goes when the run has passed it.
     Of several processes each calls this; the first waits for the others' files and does the rest.
     Raises: DiskFullError, DataError (no permission); older generations are untouched then.
     """
@@ -101,7 +102,7 @@ def save_snapshot(
             if num_ranks == 1:
                 shutil.rmtree(partial, ignore_errors=True)
         sync_folder(folder)
-    for old in _generations(folder)[keep:]:
+    for old in [path for path in _generations(folder) if path.name <= final.name][keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

@@ -38,6 +38,18 @@ def test_two_generations_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def test_a_damaged_later_generation_does_not_count_as_one_that_is_kept(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    (save(tmp_path, 9) / "weights.safetensors").unlink()
+    for step in (4, 5):
+        save(tmp_path, step)
+    whole = ["step-00000004", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*whole, "step-00000009"]
+    for step in (9, 10):
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000009", "step-00000010"]
+
+
 def test_no_state_is_a_fresh_start(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "state", settings=SETTINGS) is None
 
