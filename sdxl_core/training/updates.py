@@ -27,6 +27,7 @@ class Updater:
         self._max_norm, self._lr_factor = max_grad_norm, lr_factor
         self.pieces = {name: piece_of(parameter) for _, name, parameter in self.walk()}
         self._divided = any(local(parameter) is not parameter for _, _, parameter in self.walk())
+        self._is_rounded = any(parameter.dtype == torch.bfloat16 for _, _, parameter in self.walk())
         self._norms: list[Tensor] = []
 
     def walk(self) -> Iterator[tuple[ParameterGroup, str, nn.Parameter]]:
@@ -92,8 +93,10 @@ class Updater:
 
     def _share(self) -> float | None:
         sums = self.optimizer.finish()
-        if sums is None:
+        if not self._is_rounded:
             return None
+        if sums is None:  # nothing of what trains is held here
+            sums = torch.zeros(2, device=next(self.walk())[2].device)
         if self._divided:
             dist.all_reduce(sums)
         return share_of(sums)

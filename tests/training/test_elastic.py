@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from sdxl_core.config import TrainConfig
@@ -39,6 +40,13 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=TOLERANCE, msg=name)
+
+
+def first_scalar(config: TrainConfig, name: str) -> float:
+    (run,) = (config.out / "tensorboard").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return float(events.Scalars(name)[0].value)
 
 
 def on_two(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -82,6 +90,9 @@ def test_divided_8bit_states_are_those_of_the_whole(config: Configure, train: Tr
     difference = torch.cat([(ours[name].float() - theirs[name].float()).flatten() for name in moved])
     scale = torch.cat([theirs[name].float().flatten() for name in moved])
     assert difference.norm() / scale.norm() < 2e-3, "one bf16 step apart at most, here and there"
+
+    for name, tolerance in (("update_share", 1e-3), ("grad_norm", 1e-2)):  # summed over both halves
+        assert first_scalar(two, name) == pytest.approx(first_scalar(one, name), rel=tolerance), name
 
     again = two.model_copy(update={"max_train_steps": 3, "num_processes": 1, "train_batch_size": 2, "parallel": "ddp"})
     assert train(again), "and a single process takes the halves over"
