@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError
@@ -42,6 +44,7 @@ from sdxl_core.training.training_set import TrainingSet, read_training_set
 from sdxl_core.training.updates import Updater
 from sdxl_core.training.watch import Watch, memory_gb
 
+WAIT = timedelta(days=7)  # while one process encodes captions, draws or writes; the launcher ends all if one dies
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +73,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         cpu=bool(config.use_cpu),
         log_with="tensorboard",
         project_dir=str(config.out / "tensorboard"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     if accelerator.num_processes != config.num_processes:
         raise ConfigError(
@@ -142,7 +146,8 @@ class Run:
         config = self.config
         if not config.cache_text_encoder_outputs:
             return None
-        made_by = (self.settings["base_model"], config.max_token_length, config.weighted_captions, config.weights_dtype)
+        dtype = next(self.denoiser.text_encoder.parameters()).dtype
+        made_by = (self.settings["base_model"], config.max_token_length, config.weighted_captions, dtype)
         folder = config.out / "text_outputs" / digest_of(*map(str, made_by))[:16]
         device = self.accelerator.device
         self._on_main(lambda: TextOutputs(folder, self.denoiser).add(self.batches.plain_tokens(), device=device))

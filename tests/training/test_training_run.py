@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +19,7 @@ from torch import Tensor
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError, TrainingError
 from sdxl_core.models import load_models, tokenize
+from sdxl_core.training import loop
 from sdxl_core.training.objectives.noise import draw_noise
 from sdxl_core.training.result import read_result
 from sdxl_core.training.training_set import read_training_set
@@ -309,3 +312,13 @@ def test_all_states_damaged_is_said(train: Train, config: Configure) -> None:
 def test_another_number_of_processes_is_refused(train: Train, config: Configure) -> None:
     with pytest.raises(ConfigError, match="num_processes = 2, but 1 training processes were started"):
         train(config(num_processes=2))
+
+
+def test_processes_wait_for_one_that_works_alone_for_hours(config: Configure) -> None:
+    """torch's own limit is ten minutes, and encoding a million captions takes longer."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        handler = loop.make_accelerator(config()).init_handler
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert handler is not None and handler.timeout >= timedelta(days=1)
