@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -146,8 +147,8 @@ class Run:
         config = self.config
         if not config.cache_text_encoder_outputs:
             return None
-        dtype = next(self.denoiser.text_encoder.parameters()).dtype
-        made_by = (self.settings["base_model"], config.max_token_length, config.weighted_captions, dtype)
+        encoder: Any = self.denoiser.text_encoder
+        made_by = (self.settings["base_model"], config.max_token_length, config.weighted_captions, encoder.dtype)
         folder = config.out / "text_outputs" / digest_of(*map(str, made_by))[:16]
         device = self.accelerator.device
         self._on_main(lambda: TextOutputs(folder, self.denoiser).add(self.batches.plain_tokens(), device=device))
