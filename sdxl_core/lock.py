@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import orjson
 
-from sdxl_core.errors import LockedError
+from sdxl_core.errors import ConfigError, LockedError
 from sdxl_core.files import disk_errors, folder_guard
 from sdxl_core.processes import boot_id, process_start
 
@@ -110,8 +110,14 @@ def _acquire(path: Path, purpose: str, wait_s: float) -> str:
             "token": token,
         }
     )
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"{path.parent}: cannot be made a folder ({error.strerror}); something on its path is a file. Choose "
+            f"another out folder."
+        ) from error
     while not _create(path, content):
         holder = _read(path)
         if holder is None:

@@ -107,7 +107,7 @@ def _decoded(path: Path, data: bytes) -> dict[str, Entry]:
             f"{path}: an entry is none of a metadata file of ours or sd-scripts': {error}. It is one object: picture "
             f"key -> object, with tags and caption texts."
         ) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(path, error) from error
     for key, entry in found.items():
         size = entry.train_resolution

@@ -65,8 +65,10 @@ def verify_latents(config: VerifyLatentsConfig, *, progress: Progress = no_progr
         if findings and not config.repair:
             raise ShardError(_told(latents, findings, num_bad, path))
         if findings:
+            made_with = stored_config(latents)
+            _check_sources(made_with)  # before anything is taken out
             check.take_out()
-            cache_latents(stored_config(latents), progress=progress)
+            cache_latents(made_with, progress=progress)
             left = _Check(latents, config, no_progress).run()
             if left:
                 raise ShardError(f"After the repair:\n{_told(latents, left, num_bad, path)}")
@@ -102,6 +104,16 @@ def stored_config(latents: Path) -> CacheLatentsConfig:
             f"parameters instead: it encodes what was taken out."
         ) from error
     return config.model_copy(update={"out": latents.parent})
+
+
+def _check_sources(config: CacheLatentsConfig) -> None:
+    """Raises: DataError: what is bad could not be encoded again from here."""
+    for path in filter(None, (config.source, config.metadata, config.manifest)):
+        if not path.exists():
+            raise DataError(
+                f"{path}: is not there, and what is bad must be encoded from it again; nothing was taken out. Put it "
+                f"back, or where this is a relative path, start from the folder in which cache-latents was started."
+            )
 
 
 def _told(latents: Path, findings: Sequence[Finding], num_bad: int, path: Path) -> str:

@@ -192,3 +192,16 @@ def test_an_error_does_not_wait_for_the_other_devices(make_job: Any, monkeypatch
     with pytest.raises(ConfigError, match="of the first device"):
         cache_latents(config)
     assert not ended.is_set()
+
+
+@pytest.mark.parametrize("data", ['{"a": {"tags": "é"}}'.encode("latin-1"), b'{"a": {"x":' + b"[" * 5000 + b"]" * 5000])
+def test_metadata_of_another_encoding_or_endless_depth_is_told(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "meta.json").write_bytes(data + b"}}")
+    with pytest.raises(DataError, match="not valid JSON"):
+        list(blocks(tmp_path / "meta.json"))
+
+
+def test_a_file_in_the_place_of_the_output_is_told(make_job: Any) -> None:
+    config = make_job(collection(2))
+    with pytest.raises(ConfigError, match="cannot be made a folder"):
+        cache_latents(config.model_copy(update={"out": config.metadata}))

@@ -16,6 +16,7 @@ from sdxl_core.errors import DataError, ShardError
 from sdxl_core.latents.formats import (
     LatentRecord,
     PackedFile,
+    per_image,
     per_image_name,
     read_per_image,
     write_packed,
@@ -276,3 +277,20 @@ def test_values_that_are_not_finite_are_told_by_row(tmp_path: Path) -> None:
         write_packed(tmp_path / "a.npz", ["a", "b", "c"], items, dtype)  # type: ignore[arg-type]
         check = PackedFile(tmp_path / "a.npz").verify()
         assert check.infinite_rows == (1, 2) and not check.is_damaged
+
+
+def test_reading_parses_no_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11's parser fails at random where threads use it at once, as readers and verify would."""
+    record = LatentRecord(
+        latents=np.ones((4, 4, 6), np.float32), original_width_px=9, original_height_px=8, crop_ltrb=(0, 0, 1, 1)
+    )
+    write_per_image(tmp_path / "one.npz", record)
+    write_packed(tmp_path / "many.npz", ["a"], [record], "float32")
+
+    def parse(*_: object, **__: object) -> None:
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    monkeypatch.setattr("ast.parse", parse)
+    per_image._layout_of.cache_clear()
+    assert read_per_image(tmp_path / "one.npz").bucket == (48, 32)
+    assert PackedFile(tmp_path / "many.npz").row(0).bucket == (48, 32)

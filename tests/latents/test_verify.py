@@ -201,3 +201,14 @@ def test_a_file_that_cannot_be_read_is_found(mine: CacheLatentsConfig) -> None:
     victim.symlink_to(victim.name)
     with pytest.raises(ShardError, match=victim.name):
         verify_latents(VerifyLatentsConfig(path=mine.out))
+
+
+def test_a_repair_without_its_source_takes_nothing_out(mine: CacheLatentsConfig) -> None:
+    flip(sorted((mine.out / "latents").rglob("*.npz"))[0], 400)
+    path = mine.out / "latents" / ".ledger" / "config.json"
+    path.write_text(mine.model_copy(update={"source": Path("elsewhere")}).model_dump_json())
+    before = snapshot(mine.out / "latents")
+    with pytest.raises(DataError, match=r"elsewhere: is not there, .*nothing was taken out"):
+        verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
+    after = snapshot(mine.out / "latents")
+    assert {name: after[name] for name in after if "verify.jsonl" not in name} == before

@@ -10,7 +10,6 @@ Members, all stored (so `np.load` reads the file whole, and a row is at an offse
 
 from __future__ import annotations
 
-import ast
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,15 @@ from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import write_vectored
 from sdxl_core.latents.formats.checksum import crc32
 from sdxl_core.latents.formats.record import LatentRecord, Latents, Scratch, WrittenFile, cast, is_finite
-from sdxl_core.latents.formats.zipstore import CENTRAL, END, NPY_HEADER_BYTES, Spec, ZipLayout, plan_layout
+from sdxl_core.latents.formats.zipstore import (
+    CENTRAL,
+    END,
+    NPY_HEADER_BYTES,
+    Spec,
+    ZipLayout,
+    parse_npy_header,
+    plan_layout,
+)
 
 PackedDtype = Literal["float16", "float32"]
 REPAIR = "Run `sdxl-flows verify` with --repair on this cache: it encodes exactly what is damaged again."
@@ -290,9 +297,7 @@ def _directory(data: bytes) -> list[tuple[str, int, int]]:
 
 def _layout(npy_header: bytes, entries: Sequence[tuple[str, int, int]]) -> ZipLayout:
     """What a file with this first array and these members looks like."""
-    length = int.from_bytes(npy_header[8:10], "little")
-    header = ast.literal_eval(npy_header[10 : 10 + length].decode("latin-1"))
-    dtype, (rows, channels, height, width) = header["descr"], header["shape"]
+    dtype, (rows, channels, height, width) = parse_npy_header(npy_header)
     if channels != 4 or dtype not in ("<f2", "<f4"):
         raise ValueError(f"its latents are {dtype} with {channels} channels")
     key_bytes = {name: num_bytes for name, _, num_bytes in entries}["keys"] - NPY_HEADER_BYTES

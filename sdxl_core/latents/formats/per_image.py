@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import os
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -20,13 +20,14 @@ from sdxl_core.errors import ShardError
 from sdxl_core.files import write_vectored
 from sdxl_core.latents.formats.checksum import crc32
 from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, cast
-from sdxl_core.latents.formats.zipstore import END, Spec, ZipLayout, zip_layout
+from sdxl_core.latents.formats.zipstore import END, Spec, ZipLayout, parse_npy_header, zip_layout
 
 Naming = Literal["stem", "size"]
 REPAIR = "Delete it and run cache-latents again: only what is missing is encoded."
 FIRST_HEADER = slice(61, 189)  # of the first member, "latents"
 HEAD = 3  # bytes in front of the file's in memory, so that the first member's payload is aligned to 64 bytes
 OPACITY = np.arange(256, dtype=np.float32) / np.float32(255)  # sd-scripts' alpha_mask of an alpha value
+_one_parses = threading.Lock()  # numpy parses headers in a way that no two threads may, see `parse_npy_header`
 OPTIONAL = ("latents_flipped", "alpha_mask", "logvar")
 
 
@@ -139,10 +140,8 @@ def _layout_of(num_bytes: int, npy_header: bytes) -> ZipLayout | None:
     Masks and latents are never of one size, so the size tells which members there are.
     """
     try:
-        length = int.from_bytes(npy_header[8:10], "little")
-        header = ast.literal_eval(npy_header[10 : 10 + length].decode("latin-1"))
-        dtype, (channels, height, width) = header["descr"], header["shape"]
-    except (ValueError, SyntaxError, KeyError, TypeError):
+        dtype, (channels, height, width) = parse_npy_header(npy_header)
+    except ValueError:
         return None
     if channels != 4 or dtype != "<f4" or height * width * 16 > num_bytes:
         return None
@@ -181,10 +180,11 @@ def _foreign_arrays(path: Path | str, data: NDArray[np.uint8]) -> dict[str, NDAr
             members = {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
         if len(members) != _num_members(data):
             raise ValueError("its directory is damaged")
-        return {
-            plain: np.lib.format.read_array(io.BytesIO(members[name]), allow_pickle=False)
-            for plain, name in _wanted_names(set(members)).items()
-        }
+        with _one_parses:
+            return {
+                plain: np.lib.format.read_array(io.BytesIO(members[name]), allow_pickle=False)
+                for plain, name in _wanted_names(set(members)).items()
+            }
     except (
         OSError, ValueError, KeyError, EOFError, IndexError, TypeError, RuntimeError, OverflowError, MemoryError,
         struct.error, zipfile.BadZipFile, zlib.error,

@@ -7,6 +7,7 @@ one call and read with one, and what a file must hold besides its arrays can be 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ NPY_HEADER_BYTES = 128
 MAX_BYTES = 2**31  # beyond, zip needs other records; no packed file is meant to be that large
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype as "<f4", shape
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00v\x00\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(([\d, ]*)\), \} *\n"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +116,19 @@ def plan_layout(specs: Sequence[Spec]) -> ZipLayout:
     if offset + tail + END.size >= MAX_BYTES:
         raise ValueError(f"{offset + tail + END.size} bytes are too many for one file")
     return ZipLayout(members=tuple(members), tail_start=offset, num_bytes=offset + tail + END.size)
+
+
+def parse_npy_header(header: bytes) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of an array, from numpy's header of NPY_HEADER_BYTES.
+
+    Not with ast.literal_eval, which fails at random where several threads parse at once (seen with Python 3.11.7:
+    SystemError, "AST constructor recursion depth mismatch").
+    Raises: ValueError: not such a header.
+    """
+    found = _NPY.fullmatch(header)
+    if found is None:
+        raise ValueError("the header of its first array is damaged")
+    return found[1].decode(), tuple(int(side) for side in found[2].split(b",") if side.strip())
 
 
 @lru_cache(maxsize=4096)
