@@ -69,12 +69,14 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
 
 
 def _say_warnings(config: TrainConfig) -> None:
-    """Raises: ConfigError, DataError: base model, captions or their tags' categories do not fit the settings."""
+    """Raises: ConfigError, DataError: base model, optimizer, captions or their tags' categories cannot be right."""
     from sdxl_core.models import base_prediction, check_prediction  # imports torch
+    from sdxl_core.training.optimizer_kinds import optimizer_warning
 
     tag_rates(config)
     prediction = check_prediction(config.base_model, base_prediction(config.base_model), config)
-    for warning in (prediction, caption_warning(config)):
+    optimizer = optimizer_warning(config.optimizer, config.optimizer_args)
+    for warning in (prediction, optimizer, caption_warning(config)):
         if warning:
             logger.warning(warning)
 

@@ -58,6 +58,27 @@ def library_optimizer(
     return optimizer
 
 
+def optimizer_warning(kind: str, arguments: Mapping[str, Any]) -> str | None:
+    """What should be said about a `module.Class` before a run: it is stepped one parameter at a time, and never told
+
+    that training is over. None where that changes nothing, and for the kinds of NAMED. Raises: as `library_optimizer`.
+    """
+    if kind in NAMED:
+        return None
+    optimizer = library_optimizer(kind, nn.Parameter(torch.zeros(1)), general={}, arguments=arguments)
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        return (
+            f"optimizer = {kind}: a schedule-free optimizer averages weights for use besides those that it trains. The "
+            f"model will hold the trained ones; set ema_decay to have an average of them."
+        )
+    if {"d", "d0"} & optimizer.param_groups[0].keys():
+        return (
+            f"optimizer = {kind}: finds one rate from all parameters together. Here each parameter is stepped by "
+            f"itself, so each finds a rate of its own: not what its authors measured."
+        )
+    return None
+
+
 def _class(kind: str, path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:

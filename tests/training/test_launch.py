@@ -1,7 +1,9 @@
 """The trainer as processes: started, watched, killed, continued, and never left behind."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from sdxl_core.training.training_set import read_training_set
 Configure = Callable[..., TrainConfig]
 Train = Callable[..., bool]
 TIMEOUT_S = 60.0
+TORCHS_PORT = 29500
 LAUNCHER = """
 import sys
 from pathlib import Path
@@ -126,7 +129,10 @@ def test_trainers_end_when_the_launching_process_is_killed(config: Configure, tm
 
 
 def test_two_processes_equal_one_at_equal_global_batch(config: Configure, train: Train) -> None:
-    """Partial batches included: with batches of 2 and buckets of 4, 3 and 3, one process has none now and then."""
+    """Partial batches included: with batches of 2 and buckets of 4, 3 and 3, one process has none now and then.
+
+    The port that torch would meet on is taken, as by another training: the processes find a free one.
+    """
     plain = config(
         optimizer="adamw", weights_dtype="float32", mixed_precision="no", max_train_steps=6,
         gradient_accumulation_steps=2, learning_rate=1e-4, learning_rate_te2=1e-4,
@@ -134,7 +140,11 @@ def test_two_processes_equal_one_at_equal_global_batch(config: Configure, train:
     two = plain.model_copy(update={"num_processes": 2, "train_batch_size": 1, "out": plain.out / "two"})
     assert train(plain)
     one = load_file(plain.out / "model" / "last.safetensors")
-    other = load_file(launch_training(two).file.path)
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # somebody else has it: as good
+            taken.bind(("", TORCHS_PORT))
+            taken.listen()
+        other = load_file(launch_training(two).file.path)
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=2e-5, msg=name)
 
@@ -145,6 +155,7 @@ def test_two_processes_equal_one_at_equal_global_batch(config: Configure, train:
         ({"metadata": Path("/nowhere/meta_lat.json")}, "metadata = /nowhere/meta_lat.json: there is no such file"),
         ({"latents": Path("/nowhere")}, "latents = /nowhere: there is no such folder"),
         ({"num_processes": 2, "use_cpu": False}, "CUDA card"),
+        ({"optimizer": "nowhere.Adam"}, "there is no nowhere.Adam here"),
     ],
 )
 def test_inputs_that_are_not_there_are_refused_before_anything_starts(

@@ -11,7 +11,7 @@ from sdxl_core.config import TrainOptions
 from sdxl_core.errors import ConfigError
 from sdxl_core.models import load_models
 from sdxl_core.training.optimizer import ParameterGroup, Rounding, Shard, SlotOptimizer, share_of
-from sdxl_core.training.optimizer_kinds import NAMED
+from sdxl_core.training.optimizer_kinds import NAMED, optimizer_warning
 from sdxl_core.training.rates import block_of, freeze_blocks, parameter_groups
 from sdxl_core.training.rounding import split_into, with_rest
 
@@ -120,6 +120,34 @@ class CountingSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:
         self.param_groups[0]["count"] += 1
         super().step()
+
+
+class ScheduleFree(CountingSGD):
+    """With the two modes that schedule-free optimizers have."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+class OneRateForAll(CountingSGD):
+    """With the estimate that Prodigy and D-Adaptation keep in their parameter group."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.param_groups[0]["d"] = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (f"{__name__}.ScheduleFree", "set ema_decay"), (f"{__name__}.OneRateForAll", "a rate of its own"),
+        (f"{__name__}.CountingSGD", None), ("torch.optim.RAdam", None), ("adamw8bit", None),
+    ],
+)  # fmt: skip
+def test_what_an_optimizer_loses_here_is_said_before_the_run(kind: str, message: str | None) -> None:
+    warning = optimizer_warning(kind, {})
+    assert warning is None if message is None else message in str(warning)
 
 
 class Hoarder(torch.optim.SGD):
