@@ -61,12 +61,13 @@ class SdxlModels:
 
 
 def load_models(
-    base_model: str, *, parts: Collection[str] = MODEL_COMPONENTS, dtype: torch.dtype, seed: int = 0
+    base_model: str, *, parts: Collection[str] = MODEL_COMPONENTS, dtype: torch.dtype | None, seed: int = 0
 ) -> SdxlModels:
     """Load the asked-for parts of a base model in evaluation mode. All parts must be there, whole, asked for or not.
 
     Args:   base_model: `tiny` (random weights from `seed`), a single file or a diffusers folder.
-            parts: of unet, text_encoder, text_encoder_2, vae.   dtype: of all weights.
+            parts: of unet, text_encoder, text_encoder_2, vae.
+            dtype: of all weights; None: each as it is (8-bit ones in float32).
     Raises: ConfigError: nothing there.
             CheckpointError: not SDXL, cut short, or tensors are missing, unknown or of another shape.
     """
@@ -161,7 +162,7 @@ def base_prediction(base_model: str) -> Prediction:
     return prediction_of_file(file.shapes, file.metadata)
 
 
-def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
+def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype | None) -> SdxlModels:
     file = WeightFile(path)
     preset = _preset_of_checkpoint(file)
     if preset is None:
@@ -190,7 +191,7 @@ def _load_single_file(path: Path, wanted: list[Component], dtype: torch.dtype) -
     return SdxlModels(preset=preset, logit_scale=file.get(LOGIT_SCALE), prediction=prediction, **modules)
 
 
-def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype) -> SdxlModels:
+def _load_folder(folder: Path, wanted: list[Component], dtype: torch.dtype | None) -> SdxlModels:
     parts = {part: _folder_weights(_subfolder(folder, part)) for part in MODEL_COMPONENTS}
     shapes = parts["unet"].shapes
     preset = _preset_of_unet(shapes.get("conv_in.weight"), shapes.get("add_embedding.linear_1.weight"))
@@ -322,14 +323,14 @@ def _new_module(part: Component, preset: Preset) -> Any:
     return getattr(transformers, name)(transformers.CLIPTextConfig(**config))
 
 
-def _random_module(part: Component, seed: int, dtype: torch.dtype) -> Any:
+def _random_module(part: Component, seed: int, dtype: torch.dtype | None) -> Any:
     with _MAKING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * len(MODEL_COMPONENTS) + MODEL_COMPONENTS.index(part))
         module = _new_module(part, "tiny").eval()
         if part == "vae":
             _follow_the_picture(module)
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     return module
 
 
@@ -345,13 +346,18 @@ def _follow_the_picture(vae: Any) -> None:
         vae.quant_conv.bias[channels:] = TINY_LOGVAR
 
 
-def _fill(part: Component, preset: Preset, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+def _fill(part: Component, preset: Preset, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Any:
     """A module with these (checked) tensors, never held twice: it is made without weights, which are then assigned."""
     from accelerate import init_empty_weights
 
-    cast = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    cast = {key: tensor.to(dtype or _own_dtype(tensor)) for key, tensor in tensors.items()}
     with _MAKING:
         with init_empty_weights(include_buffers=False):
             module = _new_module(part, preset)
         module.load_state_dict(module_names(cast, module.state_dict()), strict=True, assign=True)
     return module.eval()
+
+
+def _own_dtype(tensor: Tensor) -> torch.dtype:
+    """What holds a tensor's values exactly and can be computed with."""
+    return tensor.dtype if tensor.dtype in (torch.float16, torch.bfloat16) else torch.float32

@@ -265,15 +265,30 @@ class SlotOptimizer:
                 f"the optimizer state is of other parameters ({unknown[0]} and {len(unknown) - 1} more are not trained "
                 f"here). Train into another out folder, or delete the state folder to start again."
             )
-        self.states = {name: dict(state) for name, state in scalars.items()}
+        earlier, self.states = self.states, {name: dict(state) for name, state in scalars.items()}
         self.rests = {}
         for path, value in tensors.items():
             name, _, key = path.rpartition("/")
             if key == REST:
                 self.rests[name] = value.to(known[name].device)
             else:
-                self.states[name][key] = value.to(known[name].device) if value.dim() else value
+                self.states[name][key] = self._placed(value, earlier.get(name, {}).get(key), known[name].device)
         self._attach_quant_maps()
+
+    def _placed(self, value: Tensor, earlier: Any, device: torch.device) -> Tensor:
+        """A state where the library keeps it: numbers on the CPU, 8-bit states of a paged optimizer in its pages.
+
+        `earlier`: what is there so far; pages are used again, because bitsandbytes never frees them.
+        """
+        if not value.dim():
+            return value
+        library: Any = self._library
+        if value.dtype == torch.uint8 and getattr(library, "is_paged", False):
+            if earlier is None or earlier.shape != value.shape:
+                earlier = library.get_state_buffer(torch.empty(1, device=device).expand(value.shape), dtype=value.dtype)
+            pages: Tensor = earlier.copy_(value)
+            return pages
+        return value.to(device)
 
     def _attach_quant_maps(self) -> None:
         """Give 8-bit states their code books again."""

@@ -17,7 +17,6 @@ from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.lineage import lineage_metadata
 from sdxl_core.models import (
     Prediction,
-    SdxlModels,
     load_models,
     modelspec_metadata,
     save_diffusers_folder,
@@ -153,7 +152,7 @@ def save_checkpoint(
     config: TrainConfig | None = None,
     weights: Literal["weights", "ema"] = "weights",
 ) -> FileRef:
-    """Write a saved state as a model: trained parts as trained, all others exactly as in the base model.
+    """Write a saved state as a model: what trained as trained, all else exactly as in the base model.
 
     Args:   path: of the single file; a diffusers folder (`save_model_as`) has its name without .safetensors.
             config: of the run, left out: as the state has it.   weights: "ema": the averaged ones.
@@ -163,18 +162,13 @@ def save_checkpoint(
     if weights not in generation.tensors:
         raise CheckpointError(f"{generation.path}: holds no averaged weights; the run had no ema_decay.")
     rates = learning_rates(config)
-    dtype = torch.float32 if weights == "ema" else getattr(torch, config.weights_dtype)
-    trained = tuple(part for part in PARTS if rates[part])
-    frozen = tuple(part for part in (*PARTS, "vae") if part not in trained)
-    base = load_models(config.base_model, parts=frozen, dtype=torch.float32)
-    moved = load_models(config.base_model, parts=trained, dtype=dtype)
-    for part in trained:
-        for key, parameter in getattr(moved, part).named_parameters():
+    models = load_models(config.base_model, dtype=None)
+    for part in (part for part in PARTS if rates[part]):
+        for key, parameter in getattr(models, part).named_parameters():
             name = f"{PARTS[part]}.{key}"
             if any(name in saved.tensors[weights] for saved in generation.parts):
                 whole = Piece(offset=0, count=parameter.numel(), total=parameter.numel())
                 parameter.data = gather_piece(generation, weights, name, whole).view(parameter.shape)
-    parts = {part: getattr(base if part in frozen else moved, part) for part in (*PARTS, "vae")}
     metadata = modelspec_metadata(title=config.output_name) | {
         "sdxl_flows.config": config.model_dump_json(),
         "sdxl_flows.dataset_digest": generation.scalars["dataset_digest"],
@@ -185,7 +179,7 @@ def save_checkpoint(
     if weights == "ema":
         metadata["sdxl_flows.weights"] = "ema"
     prediction = Prediction(config.prediction_type, config.zero_terminal_snr)
-    whole_model = SdxlModels(**parts, preset=base.preset, logit_scale=base.logit_scale, prediction=prediction)
+    whole_model = replace(models, prediction=prediction)
     if config.save_model_as == "diffusers":
         folder = path.with_name(path.name.removesuffix(".safetensors"))
         return save_diffusers_folder(folder, whole_model, precision=config.save_precision, metadata=metadata)

@@ -91,6 +91,19 @@ def test_all_weights_have_the_asked_for_dtype(single_file: Path, dtype: torch.dt
             assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
+def test_weights_may_stay_as_they_are(single_file: Path, tmp_path: Path) -> None:
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
+    mixed = rewritten(
+        single_file, tmp_path / "mixed.safetensors",
+        lambda state: {key: value.to(dtypes[i % 4]) for i, (key, value) in enumerate(state.items())},
+    )  # fmt: skip
+    models = load_models(str(mixed), parts=("unet",), dtype=None)
+    found = {parameter.dtype for parameter in models.unet.parameters()}
+    assert found == {torch.float16, torch.bfloat16, torch.float32}
+    expected = load_models(str(mixed), parts=("unet",), dtype=torch.float32).unet.state_dict()
+    assert all(torch.equal(value.float(), expected[name]) for name, value in models.unet.state_dict().items())
+
+
 def test_every_tiny_weight_of_the_unet_learns(tiny: SdxlModels) -> None:
     """Nothing is initialised so that the loss cannot reach it."""
     unet = load_models("tiny", parts=("unet",), dtype=torch.float32).unet

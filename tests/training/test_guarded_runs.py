@@ -20,6 +20,7 @@ from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError, DiskFullError, TrainingError
 from sdxl_core.files import sha256_file
 from sdxl_core.lineage.record import KEY
+from sdxl_core.models import load_models
 from sdxl_core.training import loop, saving
 from sdxl_core.training.guard import WARM_UP_STEPS, Guard
 from sdxl_core.training.result import read_result
@@ -188,6 +189,9 @@ def test_freezing_by_name(config: Configure, train: Train) -> None:
     assert train(run)
     names = set(read_generation(run.out / "state" / "step-00000001").tensors["weights"])
     assert "unet.conv_in.weight" in names and not [n for n in names if "attn" in n or n.endswith("bias")]
+    base = load_models("tiny", parts=("unet",), dtype=torch.float32).unet
+    saved = model(run)["model.diffusion_model.input_blocks.0.0.bias"]
+    assert torch.equal(saved, base.conv_in.bias), "not rounded to the bf16 of training"
     with pytest.raises(ConfigError, match=r"no weight is named like 'unet.nothing\*'"):
         train(elsewhere(run, "wrong", freeze=["unet.nothing*"]))
     with pytest.raises(ConfigError, match="leave nothing to train"):

@@ -112,6 +112,27 @@ def test_an_optimizer_with_numbers_of_its_own_keeps_them_for_each_parameter() ->
     }
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_states_come_back_into_the_pages_of_a_paged_optimizer() -> None:
+    """Without a card bitsandbytes' pages are plain memory; that they are asked for, once, can be seen all the same."""
+    group = group_of(parameters())
+    slot = slot_optimizer(group, "bitsandbytes.optim.PagedAdamW8bit")
+    asked: list[tuple[int, ...]] = []
+    library: Any = slot._library
+    buffer = library.get_state_buffer
+    library.get_state_buffer = lambda p, dtype: (asked.append(tuple(p.shape)), buffer(p, dtype=dtype))[1]
+    for name, parameter, gradient in zip(group.names, group.parameters, gradients(0), strict=True):
+        slot.step_parameter(group, name, parameter, gradient)
+    saved = {name: value.clone() for name, value in slot.state_tensors().items()}
+    pages = slot.states[group.names[0]]["state1"].data_ptr()
+    asked.clear()
+    slot.load_state(saved, slot.state_scalars())
+    assert not asked and slot.states[group.names[0]]["state1"].data_ptr() == pages
+    again = slot_optimizer(group, "bitsandbytes.optim.PagedAdamW8bit")
+    again.load_state(saved, slot.state_scalars())
+    assert all(torch.equal(value, saved[name]) for name, value in again.state_tensors().items())
+
+
 class CountingSGD(torch.optim.SGD):
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr=lr)
