@@ -228,10 +228,12 @@ class Run:
             else:
                 self._account(step, result, began_s=began_s)
             done = step + 1
-            self._look(done)
             asked = result.gathered if result else Gathered(losses={}, stop=False, save=False)
-            if asked.stop or asked.save or done == self.total or self.save_times.state_is_due(done):
-                self._save(done, leaving=asked.stop or done == self.total)
+            if asked.stop:  # who asks may not wait for pictures
+                self._save(done, leaving=True)
+            self._look(done)
+            if not asked.stop and (asked.save or done == self.total or self.save_times.state_is_due(done)):
+                self._save(done, leaving=done == self.total)
             if asked.stop and done < self.total:
                 logger.info("asked to stop: state saved at step %d of %d", done, self.total)
                 return done, True

@@ -1,6 +1,7 @@
 """Whole runs in this process: what they leave, that they repeat exactly, and that stopping changes nothing."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from sdxl_core.config import TrainConfig
-from sdxl_core.errors import CheckpointError, ConfigError, TrainingError
+from sdxl_core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sdxl_core.models import load_models, tokenize
 from sdxl_core.training import loop
 from sdxl_core.training.objectives.noise import draw_noise
@@ -87,6 +88,22 @@ def test_a_stopped_run_continues_bit_for_bit(
     ours, theirs = scalars(config), scalars(undisturbed)
     for name in ("loss", "avr_loss", "grad_norm", "lr/unet", "update_share"):
         assert ours[name] == theirs[name], "one point a step, the same value"
+
+
+def test_who_asks_to_stop_need_not_wait_for_pictures(train: Train, config: Configure) -> None:
+    """The state is saved before the previews of the same step, which here cannot be written at all."""
+    run = config(
+        max_train_steps=6, sample_prompts=["a boat"], sample_every_steps=2, sample_size_px=64, sample_inference_steps=1
+    )
+    run.out.mkdir(parents=True)
+    (run.out / "samples").touch()
+    with pytest.raises((DataError, OSError)):
+        train(run, stop_at=2)
+    saved = run.out / "state" / "step-00000002"
+    deadline_s = time.monotonic() + 20
+    while not saved.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert saved.exists()
 
 
 def test_a_torn_newest_state_costs_only_time(train: Train, undisturbed: TrainConfig, tmp_path: Path) -> None:
