@@ -29,7 +29,7 @@ from sdxl_core.latents.matching import NameTable
 from sdxl_core.latents.plan import PLAN, last_plan
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, shard_file
 from sdxl_core.latents.settings import fingerprint_of, read_settings
-from sdxl_core.latents.tables import parse_checked, read_words
+from sdxl_core.latents.tables import parse_checked, read_table, read_words
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import RemovedRef, VerifiedRef
@@ -195,6 +195,8 @@ class _Check:
         folder = self._latents / LEDGER_FOLDER
         try:
             shards = read_words(folder / PLAN)["shards"] if (folder / PLAN).exists() else []
+            if shards:
+                read_table(folder / PLAN)
         except ShardError:
             self._damaged_lists.append(folder / PLAN)
             yield Finding(file=f"{LEDGER_FOLDER}/{PLAN}", problem="damaged")

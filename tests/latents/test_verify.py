@@ -212,3 +212,12 @@ def test_a_repair_without_its_source_takes_nothing_out(mine: CacheLatentsConfig)
         verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
     after = snapshot(mine.out / "latents")
     assert {name: after[name] for name in after if "verify.jsonl" not in name} == before
+
+
+def test_a_damaged_plan_is_found_wherever_it_is_damaged(mine: CacheLatentsConfig) -> None:
+    for place in (300, -60):
+        path = mine.out / "latents" / ".ledger" / "plan.arrow"
+        flip(path, place)
+        with pytest.raises(ShardError, match=r"plan\.arrow"):
+            verify_latents(VerifyLatentsConfig(path=mine.out))
+        verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
