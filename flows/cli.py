@@ -10,6 +10,7 @@ import orjson
 from flows.cache_latents import cache_latents
 from flows.catalog import catalog
 from flows.finetune import finetune
+from flows.interrupts import insistent_interrupts
 from flows.merge_tags import merge_tags
 from flows.pipeline import pipeline
 from flows.statistics import statistics
@@ -35,8 +36,9 @@ STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
 
 def run_stage(name: str, config: Any, *, as_json: bool) -> None:
     """Run one stage as its flow and print its result."""
-    start_temporary_server()
-    ref = STAGE_FLOWS[name](config)
+    with insistent_interrupts():
+        start_temporary_server()
+        ref = STAGE_FLOWS[name](config)
     if name in ("cache-latents", "train"):
         record_stage(config.out, name, config, ref)
     print_result(ref, as_json=as_json)
@@ -45,8 +47,9 @@ def run_stage(name: str, config: Any, *, as_json: bool) -> None:
 def run_job(job: JobConfig, *, as_json: bool) -> None:
     """Run the whole path and say what it left."""
     check_job(job)  # before the flow: a mistake needs no server to be told
-    start_temporary_server()
-    run: RunRef = pipeline(job)
+    with insistent_interrupts():
+        start_temporary_server()
+        run: RunRef = pipeline(job)
     if as_json:
         print(orjson.dumps(read_run_record(run.path), option=orjson.OPT_INDENT_2).decode())
         return
