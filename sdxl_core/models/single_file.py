@@ -17,6 +17,7 @@ from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.files import atomic_writer, digest_of, write_atomic
 from sdxl_core.models.key_names import LOGIT_SCALE, folder_names, to_original
 from sdxl_core.models.load import SdxlModels
+from sdxl_core.models.pipeline_files import write_pipeline_files
 from sdxl_core.models.prediction import EPSILON
 from sdxl_core.models.presets import MODEL_COMPONENTS, component_config
 from sdxl_core.models.weights import raw_bytes
@@ -74,7 +75,7 @@ def save_single_file(path: Path, models: SdxlModels, *, precision: Precision, me
 def save_diffusers_folder(
     path: Path, models: SdxlModels, *, precision: Precision, metadata: Mapping[str, str] | None = None
 ) -> FileRef:
-    """Write every loaded part, and the scheduler's config, as diffusers and transformers lay them out.
+    """Write every loaded part, scheduler, tokenizers and index: what `from_pretrained` of an SDXL pipeline reads.
 
     Each file is whole or not there; `metadata` is kept in a file of its own, written last.
     Returns: the folder, the bytes of its weights, and a digest over them. Raises: as `save_single_file`.
@@ -93,6 +94,7 @@ def save_diffusers_folder(
     config = component_config(models.preset, "scheduler") | models.prediction.scheduler_config()
     scheduler = orjson.dumps(config, option=orjson.OPT_INDENT_2)
     write_atomic(path / "scheduler" / "scheduler_config.json", scheduler)
+    write_pipeline_files(path, scheduler_class=config["_class_name"])
     write_atomic(path / METADATA_FILE, orjson.dumps(dict(metadata or {}), option=orjson.OPT_INDENT_2))
     digest = digest_of(*(ref.sha256 for ref in weights))
     return FileRef(path=path, sha256=digest, num_bytes=sum(ref.num_bytes for ref in weights))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("sdxl_core", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("sdxl_core", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE", "LICENSES")
 
 
 @pytest.fixture(scope="session")
