@@ -16,7 +16,8 @@ from sdxl_core.configfile import check
 from sdxl_core.errors import ConfigError
 from sdxl_core.sd_scripts.command_line import find_command
 from sdxl_core.sd_scripts.conversions import Conversion, mapped_path
-from sdxl_core.sd_scripts.options import read_config_file, read_options
+from sdxl_core.sd_scripts.dataset_config import REPLACED, read_dataset_config
+from sdxl_core.sd_scripts.options import Given, read_config_file, read_options
 
 _LAUNCHER_WORDS = {
     "num_processes": "train.num_processes",
@@ -52,7 +53,9 @@ def import_command(path: Path, *, root_map: Mapping[str, str] | None = None) -> 
     if "config_file" in given:
         found, unknown = read_config_file(_config_file(str(given["config_file"]), path, root_map or {}))
         given, strange = found | given, strange | unknown
+    notes = _take_dataset_config(given, strange, path, root_map or {}) if "dataset_config" in given else []
     conversion = Conversion(given, root_map=root_map or {})
+    conversion.notes += notes
     _read_launcher(command.launcher, conversion, strange)
     conversion.run()
     kind = "train" if "in_json" in given else "job"
@@ -79,15 +82,52 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: not a text file ({error.reason} at byte {error.start}).") from error
 
 
+def _take_dataset_config(given: Given, strange: dict[str, str], path: Path, root_map: Mapping[str, str]) -> list[str]:
+    """Put what a --dataset_config says in place of what the command line says. Returns what has to be done first."""
+    file = _named_file("dataset_config", str(given["dataset_config"]), path, root_map)
+    found = read_dataset_config(file)
+    for name in REPLACED:
+        if given.pop(name, None) is not None:
+            strange[f"--{name}"] = "sdxl_train.py ignores it beside --dataset_config"
+    for name in found.off:
+        given.pop(name, None)
+    given |= found.given
+    strange |= found.not_mapped
+    out = mapped_path(str(given.get("output_dir", "OUT")), root_map)
+    folders, metadata = ([mapped_path(name, root_map) for name in each] for each in (found.folders, found.metadata))
+    given["train_data_dir"] = found.folders[0]
+    if found.metadata:
+        given["in_json"] = found.metadata[0]
+    if len(folders) > 1:
+        given["train_data_dir"] = f"{out}/catalog"
+        sources = " ".join(f'"{Path(name).name}/={name}"' for name in folders)
+        return [
+            f"these are {len(folders)} folders; make a catalog of them first: sdxl-flows catalog --sources {sources} "
+            f'--out "{out}/catalog"'
+        ]
+    if len(metadata) > 1:
+        given["in_json"] = f"{out}/meta_joined.json"
+        sources = " ".join(f'"{name}"' for name in metadata)
+        return [
+            f"these are {len(metadata)} metadata files; join them first: sdxl-flows merge-json --sources {sources} "
+            f'--out "{out}/meta_joined.json"'
+        ]
+    return []
+
+
 def _config_file(name: str, path: Path, root_map: Mapping[str, str]) -> Path:
-    """Where a --config_file is: as named, or beside the file that names it. sd-scripts lets .toml be left out."""
+    """Where a --config_file is. sd-scripts lets .toml be left out."""
+    return _named_file("config_file", name if name.endswith(".toml") else name + ".toml", path, root_map)
+
+
+def _named_file(option: str, name: str, path: Path, root_map: Mapping[str, str]) -> Path:
+    """Where a file that the command line names is: as named, or beside the file that names it. Raises: ConfigError."""
     name = mapped_path(name, root_map)
-    name = name if name.endswith(".toml") else name + ".toml"
     places = [Path(name), path.parent / name, path.parent / name.rpartition("/")[2]]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ConfigError(
-            f"{path}: --config_file {name} is not there. Copy it beside {path.name}, or say where its folder is now: "
+            f"{path}: --{option} {name} is not there. Copy it beside {path.name}, or say where its folder is now: "
             f"--root-map FROM=TO."
         )
     return found
