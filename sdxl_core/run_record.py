@@ -81,7 +81,7 @@ def _write_lineage(checkpoint: Path, out: Path) -> Path | None:
     from sdxl_core.lineage import trace
     from sdxl_core.lineage.show import write_lineage_page
 
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         return None
     try:
         return write_lineage_page(trace(checkpoint, run=out), out / "lineage.html")

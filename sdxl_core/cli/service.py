@@ -42,7 +42,7 @@ def _up(options: argparse.Namespace) -> None:
 def add_lineage(commands: Any) -> None:
     """`lineage`."""
     lineage = add_command(commands, "lineage", "which pictures, tags, settings and code made a checkpoint", _lineage)
-    lineage.add_argument("file", type=Path, metavar="FILE.safetensors")
+    lineage.add_argument("file", type=Path, metavar="MODEL", help="a .safetensors file, or a diffusers folder")
     lineage.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="the run's folder, if it was moved")
     lineage.add_argument("--images", action="store_true", help="print every picture with its texts, a JSON line each")
     lineage.add_argument("--html", type=Path, metavar="PAGE.html", help="write it as one self-contained page")

@@ -78,15 +78,15 @@ class Lineage:
 
 
 def trace(file: Path, *, run: Path | None = None) -> Lineage:
-    """Follow a checkpoint back.
+    """Follow a checkpoint back: a .safetensors file, or a diffusers folder, whose digest is that of its weights.
 
     Args:   run: the run's folder; left out: where the file is in it, else where it was when the file was made.
-    Raises: ConfigError: no such file or folder.   CheckpointError: not a .safetensors made by sdxl-flows.
+    Raises: ConfigError: no such file or folder.   CheckpointError: not a model that sdxl-flows has made.
     """
     told = _told_by(file)
     record: dict[str, Any] = orjson.loads(told[KEY])
     folder = _run_folder(file, record, run)
-    sha256 = sha256_file(file)
+    sha256 = _digest(file)
     stages = dict(record["stages"])
     checks: list[Check] = []
     metadata: Path | None = None
@@ -114,20 +114,40 @@ def trace(file: Path, *, run: Path | None = None) -> Lineage:
 
 
 def _told_by(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        raise ConfigError(f"{file}: there is no such file. Name a .safetensors that sdxl-flows has trained.")
-    try:
-        with safe_open(file, "np") as opened:
-            told = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a .safetensors file, or cut short ({error}).") from error
+    told = _told_by_folder(file) if file.is_dir() else _told_by_file(file)
     if KEY not in told:
         maker = told.get("modelspec.implementation_version") or told.get("modelspec.title") or "something else"
         raise CheckpointError(
             f"{file}: carries no record of its making; it was made by {maker}, or by a version of sdxl-flows that "
-            f"left none. What it says of itself is in its header: {', '.join(sorted(told)) or 'nothing'}."
+            f"left none. What it says of itself: {', '.join(sorted(told)) or 'nothing'}."
         )
-    return dict(told)
+    return told
+
+
+def _told_by_file(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file. Name a model that sdxl-flows has trained.")
+    try:
+        with safe_open(file, "np") as opened:
+            return dict(opened.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a .safetensors file, or cut short ({error}).") from error
+
+
+def _told_by_folder(folder: Path) -> dict[str, str]:
+    from sdxl_core.models.convert import read_metadata_of  # imports torch
+
+    if not (folder / "unet").is_dir():
+        raise ConfigError(f"{folder}: not a diffusers folder (there is no unet/ in it). Name a model in it.")
+    return read_metadata_of(folder)
+
+
+def _digest(file: Path) -> str:
+    if file.is_dir():
+        from sdxl_core.models.weights import folder_digest  # imports torch
+
+        return folder_digest(file)
+    return sha256_file(file)
 
 
 def _run_folder(file: Path, record: dict[str, Any], run: Path | None) -> Path | None:

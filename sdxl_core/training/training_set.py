@@ -6,6 +6,7 @@ read from the index when a batch needs them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -60,6 +61,20 @@ class TrainingSet:
     @property
     def num_heldout(self) -> int:
         return sum(map(len, self.heldout))
+
+    @property
+    def resolution_px(self) -> tuple[int, int]:
+        """Width and height that a model trained on these is at home at.
+
+        Of one bucket its own; of several the square, in steps of 64 px, with the area of the one with most pictures:
+        what cache-latents was asked for.
+        """
+        counts = [len(rows) for rows in self.trained]
+        width_px, height_px = self.buckets[int(np.argmax(counts))]
+        if sum(1 for count in counts if count) == 1:
+            return width_px, height_px
+        side_px = max(64, 64 * round(math.sqrt(width_px * height_px) / 64))
+        return side_px, side_px
 
     @property
     def samples(self) -> Sequence[Sample]:

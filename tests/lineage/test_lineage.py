@@ -10,12 +10,12 @@ from safetensors.numpy import save_file
 from support.pictures import encoded, picture
 
 from sdxl_core.cli import main
-from sdxl_core.config import JobConfig
+from sdxl_core.config import JobConfig, TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError, DataError
 from sdxl_core.latents.cache import cache_latents
 from sdxl_core.lineage import trace
 from sdxl_core.merge.plan import merge_tags
-from sdxl_core.run_record import record_stage
+from sdxl_core.run_record import _write_lineage, record_stage
 from sdxl_core.subset.stage import subset
 from sdxl_core.training.launch import launch_training
 
@@ -102,6 +102,28 @@ def test_the_command_prints_the_chain_the_pictures_and_a_page(
     assert "How last.safetensors came to be" in page and "boat, night" in page and "src=" not in page
     main(["lineage", file, "--images"])
     assert [json.loads(line)["key"] for line in capsys.readouterr().out.splitlines()] == ["1", "2"]
+
+
+def test_a_diffusers_folder_leads_back_as_a_file_does(run: Path, tmp_path: Path) -> None:
+    """Trained with save_model_as = "diffusers", recorded and drawn by the run; then altered."""
+    job = json.loads((run / "run.json").read_text())["stages"]["train"]["config"]
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    paths = {"out": tmp_path / "run", "metadata": tmp_path / "run" / "meta_lat.json"}
+    config = TrainConfig.model_validate(job | paths | {"save_model_as": "diffusers"})
+    record_stage(config.out, "train", config, launch_training(config))
+    folder = config.out / "model" / "last"
+    found = trace(folder)
+    assert found.query == "boat" and found.run == config.out and len(list(found.images())) == 2
+    assert [check.state for check in found.checks] == ["same"] * 3
+    assert json.loads((folder / "sdxl_flows.json").read_text())["modelspec.resolution"] == "64x64"
+    page = _write_lineage(folder, config.out)
+    assert page is not None and "How last came to be" in page.read_text()
+    main(["lineage", str(folder)])
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert [check.state for check in trace(folder).checks] == ["same", "same", "changed"]
+    with pytest.raises(ConfigError, match="no unet/"):
+        trace(tmp_path)
 
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:

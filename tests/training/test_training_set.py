@@ -50,6 +50,22 @@ def test_samples_are_grouped_by_bucket_as_a_list_of_them_would_be(tmp_path: Path
     assert [sample.key for sample in found.take([70_000, 3, 149_999])] == ["k70000", "k3", "k149999"]
 
 
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        ({(1216, 832): 3}, (1216, 832)),
+        ({(832, 1216): 5, (1216, 832): 3, (1024, 1024): 2}, (1024, 1024)),
+        ({(512, 512): 2, (384, 640): 3}, (512, 512)),
+        ({(1024, 1024): 1, (768, 768): 2}, (768, 768)),
+    ],
+)
+def test_a_model_says_the_resolution_that_it_was_trained_at(
+    tmp_path: Path, buckets: dict[tuple[int, int], int], expected: tuple[int, int]
+) -> None:
+    rows = [bucket for bucket, count in buckets.items() for _ in range(count)]
+    assert TrainingSet(write_index(tmp_path, rows)).resolution_px == expected
+
+
 def test_held_out_samples_are_never_trained_on_and_follow_from_their_keys(tmp_path: Path) -> None:
     buckets = [((64, 64), (64, 128))[i % 2] for i in range(2000)]
     index = write_index(tmp_path, buckets)
