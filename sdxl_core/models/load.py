@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from sdxl_core.models.key_names import (
 from sdxl_core.models.prediction import EPSILON, Prediction, prediction_of_file, prediction_of_scheduler
 from sdxl_core.models.presets import MODEL_COMPONENTS, PRESETS, Component, Preset, component_config, tensor_shapes
 from sdxl_core.models.recognise import refuse_differences, what_it_is
-from sdxl_core.models.weights import WeightFile, WeightFiles, Weights, component_files, header_digest, raw_bytes
+from sdxl_core.models.weights import (
+    WeightFile,
+    WeightFiles,
+    Weights,
+    component_files,
+    content_digest,
+    dated_digest,
+    raw_bytes,
+)
 
 TINY: Preset = "tiny"
 TINY_MEAN_GAIN, TINY_LOGVAR = 50.0, -2.0
@@ -108,17 +116,29 @@ def vae_fingerprint(vae: str) -> str:
 
 
 def model_fingerprint(base_model: str) -> str:
-    """A cheap identity of a base model (headers, sizes, times; not the weights), to tell whether a run may resume.
+    """A cheap identity of a base model by its content, the same for every copy, to tell whether a run may resume.
 
     Raises: ConfigError: nothing there.   CheckpointError: not safetensors, or cut short.
     """
+    return _fingerprint(base_model, content_digest)
+
+
+def dated_fingerprint(base_model: str) -> str:
+    """What states of version 0.1 know a base model by; a copy with another time counts as another one.
+
+    Raises: as `model_fingerprint`.
+    """
+    return _fingerprint(base_model, dated_digest)
+
+
+def _fingerprint(base_model: str, digest: Callable[[Path], str]) -> str:
     if base_model == TINY:
         return digest_of(TINY, *(orjson.dumps(component_config(TINY, part)) for part in MODEL_COMPONENTS))
     path = Path(base_model)
     if not path.is_dir():
-        return header_digest(path)
+        return digest(path)
     files = [file for part in MODEL_COMPONENTS for file in component_files(_subfolder(path, part))]
-    return digest_of(*(header_digest(file) for file in files))
+    return digest_of(*(digest(file) for file in files))
 
 
 def check_base_model(base_model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sdxl_core.files import digest_of, sha256_file
 from sdxl_core.models.presets import MODEL_COMPONENTS
 
 MAX_HEADER_BYTES = 100_000_000
+END_BYTES = 2048  # of a tensor, at each end; the end of one and the beginning of the next lie side by side
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -100,11 +102,36 @@ def _sharded_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def header_digest(path: Path) -> str:
-    """SHA-256 over a safetensors header with the file's size and modification time: a cheap identity.
+def content_digest(path: Path) -> str:
+    """SHA-256 over a safetensors header, the file's size and both ends of every tensor: the same for every copy.
 
+    Reads some 10 MB of a full checkpoint in the order of the file. Training moves whole tensors, so two models that
+    differ have other ends somewhere; a flipped byte in the middle of one is not what this is for.
     Raises: as `WeightFile`.
     """
+    WeightFile(path)
+    header = _header(path)
+    digest = hashlib.sha256(header)
+    entries = orjson.loads(header)
+    entries.pop("__metadata__", None)
+    start = 8 + len(header)
+    with open(path, "rb", buffering=0) as file:
+        digest.update(file.seek(0, os.SEEK_END).to_bytes(8, "little"))
+        for first, last in sorted(entry["data_offsets"] for entry in entries.values()):
+            for begin, end in _ends(first, last):
+                file.seek(start + begin)
+                digest.update(file.read(end - begin))
+    return digest.hexdigest()
+
+
+def _ends(first: int, last: int) -> list[tuple[int, int]]:
+    if last - first <= 2 * END_BYTES:
+        return [(first, last)]
+    return [(first, first + END_BYTES), (last - END_BYTES, last)]
+
+
+def dated_digest(path: Path) -> str:
+    """What version 0.1 knew a weight file by: header, size and modification time. Raises: as `WeightFile`."""
     WeightFile(path)
     status = path.stat()
     return digest_of(hashlib.sha256(_header(path)).digest(), status.st_size, status.st_mtime_ns)

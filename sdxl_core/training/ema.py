@@ -16,11 +16,13 @@ class Ema:
     Weights are copied to main memory beside the computation; `before_update` holds the next update back until they are.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], *, decay: float, every: int) -> None:
-        """`weights`: what this process holds of the trained parameters; the average starts there."""
+    def __init__(self, weights: Mapping[str, Tensor], *, decay: float, every: int, device: torch.device) -> None:
+        """`weights`: what this process holds of the trained parameters, on `device`; the average starts there.
+
+        Of several processes one may hold nothing.
+        """
         self._weights = weights
         self._decay, self._every = decay**every, every
-        device = next(iter(weights.values())).device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=self._stream is not None)
                       for name, value in weights.items()}  # fmt: skip

@@ -57,17 +57,31 @@ class HeldOut:
         """Before the first step, every `heldout_every_steps` and at the end."""
         return bool(self._units) and (step % self._config.heldout_every_steps == 0 or step == self._total)
 
+    def is_measured(self, step: int) -> bool:
+        """Is the measurement after `step` steps among those that are kept?"""
+        return any(one.step == step for one in read_heldout(self._config.out))
+
     @torch.no_grad()
     def measure(
-        self, losses: Losses, *, step: int, rank: int, num_processes: int, gather: Callable[[Tensor], Tensor]
-    ) -> HeldOutLoss:
+        self,
+        losses: Losses,
+        *,
+        step: int,
+        rank: int,
+        num_processes: int,
+        gather: Callable[[Tensor], Tensor],
+        leave: Callable[[], bool] = lambda: False,
+    ) -> HeldOutLoss | None:
         """Every process computes its share; all of them must call this, and all get the same.
 
         Args:   losses: the loss of each sample of a micro-batch, [B].   gather: from all processes, stacked in dim 0.
+                leave: asked before each batch, on all processes alike; true: nothing is measured (None).
         """
         rounds = -(-len(self._units) // num_processes)
         rows = []
         for turn in range(rounds):
+            if leave():
+                return None
             at = turn * num_processes + rank
             found = self._of(self._units[min(at, len(self._units) - 1)], losses)  # for company, where there is no more
             rows.append(found if at < len(self._units) else torch.full_like(found, torch.nan))

@@ -56,6 +56,7 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
         if done is not None:
             progress("train", done.num_steps, done.num_steps, "finished before")
             return done
+        _say_if_the_schedule_changes(config, steps_per_epoch=training_set.plan(config).num_steps)
         (state / "outcome.json").unlink(missing_ok=True)
         (state / "progress.json").unlink(missing_ok=True)
         log = config.out / "train.log"
@@ -79,6 +80,14 @@ def _say_warnings(config: TrainConfig) -> None:
     for warning in (prediction, optimizer, caption_warning(config)):
         if warning:
             logger.warning(warning)
+
+
+def _say_if_the_schedule_changes(config: TrainConfig, *, steps_per_epoch: int) -> None:
+    from sdxl_core.training.continuing import schedule_warning  # imports torch
+
+    warning = schedule_warning(config, steps_per_epoch=steps_per_epoch)
+    if warning:
+        logger.warning(warning)
 
 
 def _on_cpu(config: TrainConfig) -> bool:

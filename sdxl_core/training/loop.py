@@ -34,10 +34,10 @@ from sdxl_core.training.parallel import replicate, shard
 from sdxl_core.training.parts import load_trained_models, model_path, save_checkpoint
 from sdxl_core.training.previews import preview_paths, preview_steps, write_previews
 from sdxl_core.training.processes import StopSignal
-from sdxl_core.training.result import run_settings, write_result
+from sdxl_core.training.result import former_settings, run_settings, write_result
 from sdxl_core.training.run_state import RunState
 from sdxl_core.training.saving import Saver, SaveTimes, check_disk, remove_old_models
-from sdxl_core.training.schedules import lr_schedule
+from sdxl_core.training.schedules import lr_schedule, total_steps
 from sdxl_core.training.state import Snapshot, load_newest, read_generation, remove_partials
 from sdxl_core.training.stepping import Gathered, Stepper, StepResult
 from sdxl_core.training.text_outputs import TextOutputs
@@ -57,9 +57,7 @@ def train(config: TrainConfig, *, stop: StopSignal) -> bool:
     accelerator = make_accelerator(config)
     training_set = read_training_set(config)
     run = Run(config, accelerator, training_set, training_set.plan(config))
-    finished = run.to_the_end(stop)
-    if finished:
-        run.finish()
+    finished = run.to_the_end(stop) and run.finish(stop)
     accelerator.end_training()
     return finished
 
@@ -97,10 +95,11 @@ class Run:
     ) -> None:
         self.config, self.accelerator, self.plan, self.training_set = config, accelerator, plan, training_set
         self.state = config.out / "state"
-        self.total = config.max_train_epochs * plan.num_steps if config.max_train_epochs else config.max_train_steps
+        self.total = total_steps(config, steps_per_epoch=plan.num_steps)
         self.settings = run_settings(config, training_set)
+        self.save_times = SaveTimes(config, steps_per_epoch=plan.num_steps)
         self._refuse_what_cannot_fit()
-        generation = load_newest(self.state, settings=self.settings)
+        generation = load_newest(self.state, settings=self.settings, formerly=former_settings(config))
         self.models = load_trained_models(config, device=accelerator.device)
         self.denoiser: Denoiser = self.models.denoiser
         self.is_sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
@@ -117,7 +116,6 @@ class Run:
             guard=self.guard, rank=rank, writes=self.writes,
         )  # fmt: skip
         self.saver = Saver(self.state, keep=config.keep_states, rank=rank, num_ranks=num_ranks)
-        self.save_times = SaveTimes(config, steps_per_epoch=plan.num_steps)
         self.start = self.run_state.restore(generation) if generation else 0
         self.safe: Snapshot | None = None
         self.batches = BatchMaker(training_set, plan, config, rank=accelerator.process_index)
@@ -140,7 +138,7 @@ class Run:
             check_card(config, preset, card_bytes=card_bytes, width_px=largest[0], height_px=largest[1])
         if self.accelerator.is_main_process:
             state_bytes, model_bytes = disk_needs(config, preset)
-            check_disk(self.state, state_bytes=state_bytes, model_bytes=model_bytes, keep=config.keep_states)
+            check_disk(config, self.save_times, total=self.total, state_bytes=state_bytes, model_bytes=model_bytes)
 
     def _text_outputs(self) -> TextOutputs | None:
         """Of frozen text encoders, computed by the first process where they are not there yet."""
@@ -200,8 +198,10 @@ class Run:
         self._on_main(lambda: remove_partials(self.state))
         self.watch.start(self.start)
         step, stopped = self.start, False
-        if step == 0:
-            self._first_look()
+        if not self._was_looked_at(step):
+            stopped = self._first_look(step, stop)
+            if stopped and step == 0:  # there is nothing to save
+                return False
         while step < self.total and not stopped:
             step, stopped = self._run_from(step, stop)
         self.saver.wait()
@@ -229,12 +229,10 @@ class Run:
                 self._account(step, result, began_s=began_s)
             done = step + 1
             asked = result.gathered if result else Gathered(losses={}, stop=False, save=False)
-            if asked.stop:  # who asks may not wait for pictures
-                self._save(done, leaving=True)
-            self._look(done)
-            if not asked.stop and (asked.save or done == self.total or self.save_times.state_is_due(done)):
-                self._save(done, leaving=done == self.total)
-            if asked.stop and done < self.total:
+            leaves = asked.stop or self._look(done, stop)  # who asks may not wait for pictures
+            if leaves or asked.save or done == self.total or self.save_times.state_is_due(done):
+                self._save(done, leaving=leaves or done == self.total)
+            if leaves and done < self.total:
                 logger.info("asked to stop: state saved at step %d of %d", done, self.total)
                 return done, True
         return self.total, False
@@ -295,39 +293,75 @@ class Run:
             work()
         self.accelerator.wait_for_everyone()
 
-    def _first_look(self) -> None:
-        """Before the first step. Divided weights must first pass through the whole model, not through a part of it."""
-        if self.is_sharded and 0 in self.preview_at:
+    def _was_looked_at(self, step: int) -> bool:
+        """False before the first step, and where a stop cut short what was to be looked at after `step` steps."""
+        if step == 0:
+            return False
+        previews = step in self.preview_at and step < self.total
+        drawn = not previews or all(path.exists() for path in preview_paths(self.config, step))
+        return drawn and (not self.heldout.is_due(step) or self.heldout.is_measured(step))
+
+    def _first_look(self, step: int, stop: StopSignal) -> bool:
+        """Before the first step of this process. Divided weights must first pass through the whole model, not through a
+
+        part of it. Returns as `_look`.
+        """
+        if self.is_sharded and step in self.preview_at:
             with torch.no_grad():
                 self.stepper.losses(self.batches.make(0, 0))
-        self._look(0)
+        return self._look(step, stop)
 
-    def _look(self, step: int) -> None:
-        """Previews and the held-out loss, where they are due after `step` optimizer steps."""
-        if step in self.preview_at and step < self.total:
-            self._previews(step)
-        if self.heldout.is_due(step):
-            found = self.heldout.measure(
-                self.stepper.losses,
-                step=step,
-                rank=self.accelerator.process_index,
-                num_processes=self.accelerator.num_processes,
-                gather=self.accelerator.gather,
-            )
-            self.accelerator.log(self.heldout.scalars(found), step=step)
-            self._on_main(lambda: self.heldout.keep(found))
+    def _look(self, step: int, stop: StopSignal) -> bool:
+        """Previews and the held-out loss, where they are due after `step` optimizer steps.
 
-    def _previews(self, step: int) -> None:
-        """Of divided weights every process makes them, because every process is needed; one writes them."""
+        Returns whether it was left early, because a process was asked to stop; the same on all of them.
+        """
+        if step in self.preview_at and step < self.total and self._previews(step, stop):
+            return True
+        if not self.heldout.is_due(step):
+            return False
+        found = self.heldout.measure(
+            self.stepper.losses,
+            step=step,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            gather=self.accelerator.gather,
+            leave=lambda: self._is_asked(stop),
+        )
+        if found is None:
+            return True
+        self.accelerator.log(self.heldout.scalars(found), step=step)
+        self._on_main(lambda: self.heldout.keep(found))
+        return False
+
+    def _is_asked(self, stop: StopSignal) -> bool:
+        """Was any process asked to stop? All of them must call this."""
+        if self.accelerator.num_processes == 1:
+            return stop.is_set()
+        flag = torch.tensor([float(stop.is_set())], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+    def _previews(self, step: int, stop: StopSignal) -> bool:
+        """Of divided weights every process makes them, because every process is needed; one writes them.
+
+        Returns whether a process was asked to stop meanwhile.
+        """
         if self.writes:
-            write_previews(self.denoiser, self.config, step=step, keep=self.accelerator.is_main_process)
+            leave = (lambda: self._is_asked(stop)) if self.is_sharded else stop.is_set
+            keep = self.accelerator.is_main_process
+            write_previews(self.denoiser, self.config, step=step, keep=keep, leave=leave)
         self.accelerator.wait_for_everyone()
+        return self._is_asked(stop)
 
-    def finish(self) -> None:
-        """Previews, the single-file checkpoint, and last the record that says all is done."""
-        if self.preview_at:
-            self._previews(self.total)
+    def finish(self, stop: StopSignal) -> bool:
+        """Previews, the single-file checkpoint, and last the record that says all is done.
+
+        Returns False where `stop` came during the previews: the run is finished when it is started again.
+        """
+        if self.preview_at and self._previews(self.total, stop):
+            return False
         self._on_main(self._finish)
+        return True
 
     def _finish(self) -> None:
         config = self.config

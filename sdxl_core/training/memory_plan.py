@@ -101,7 +101,7 @@ def plan_memory(options: TrainOptions, preset: Preset, *, width_px: int, height_
             "copy to go back to": copy if options.fused_backward and options.max_bad_steps else 0,
             "optimizer states (paged)": states if paged else 0,
         },
-        disk=_disk(options, weights),
+        disk=_disk(options, weights, preset),
         num_trained=sum(weight.numel for weight in trained),
         num_parameters=sum(weight.numel for weight in weights),
         largest_buffer=_largest_buffer(options, trained, groups),
@@ -277,7 +277,7 @@ def disk_needs(options: TrainOptions, preset: Preset) -> tuple[int, int]:
     modules = _meta_modules(preset)
     choose_trained(modules, options, preset)
     weights = list(_weights(modules, options))
-    return _state_file_bytes(weights, options), _model_file_bytes(weights, options)
+    return _state_file_bytes(weights, options), _model_file_bytes(weights, options, preset)
 
 
 def _meta_modules(preset: Preset) -> dict[str, Any]:
@@ -292,19 +292,25 @@ def _state_file_bytes(weights: list[_Weight], options: TrainOptions) -> int:
     return num_ranks * sum(w.count * (w.itemsize + average) + _state_bytes(w, options) for w in held)
 
 
-def _model_file_bytes(weights: list[_Weight], options: TrainOptions) -> int:
+def _model_file_bytes(weights: list[_Weight], options: TrainOptions, preset: Preset) -> int:
     itemsize = 4 if options.save_precision == "fp32" else 2
-    return itemsize * (sum(weight.numel for weight in weights) + _num_vae_elements())
+    return itemsize * (sum(weight.numel for weight in weights) + _num_vae_elements(preset))
 
 
-def _disk(options: TrainOptions, weights: list[_Weight]) -> dict[str, int]:
-    num_states = options.keep_states + 1
-    return {
-        f"{num_states} resumable states (one of them being written)": num_states * _state_file_bytes(weights, options),
-        "model file": _model_file_bytes(weights, options),
+def _disk(options: TrainOptions, weights: list[_Weight], preset: Preset) -> dict[str, int]:
+    """As far as it is known without the number of steps in an epoch."""
+    num_states, model = options.keep_states + 1, _model_file_bytes(weights, options, preset)
+    states = {
+        f"{num_states} resumable states (one of them being written)": num_states * _state_file_bytes(weights, options)
     }
+    if not (options.save_model_every_steps or options.save_model_every_epochs):
+        return states | {"model file": model}
+    if options.keep_models:
+        num_models = options.keep_models + 2
+        return states | {f"{num_models} model files (the last, one being written)": num_models * model}
+    return states | {"model file, and as much again each time": model}
 
 
 @cache
-def _num_vae_elements() -> int:
-    return sum(parameter.numel() for parameter in meta_module("vae", "sdxl").parameters())
+def _num_vae_elements(preset: Preset) -> int:
+    return sum(parameter.numel() for parameter in meta_module("vae", preset).parameters())

@@ -55,13 +55,6 @@ def parameter_group(name: str, module: nn.Module, learning_rate: float) -> Param
     )
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Joint L2 norm of all gradients, float32 scalar; accumulated in float32 even where gradients are bf16."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
-    joint: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return joint
-
-
 def clip_factor(norm: Tensor, *, max_norm: float) -> Tensor:
     """What gradients are multiplied with so that their joint norm is at most `max_norm` (0: never); in (0, 1].
 

@@ -169,7 +169,8 @@ def save_checkpoint(
             if any(name in saved.tensors[weights] for saved in generation.parts):
                 whole = Piece(offset=0, count=parameter.numel(), total=parameter.numel())
                 parameter.data = gather_piece(generation, weights, name, whole).view(parameter.shape)
-    metadata = modelspec_metadata(title=config.output_name) | {
+    resolution = generation.scalars.get("resolution", "1024x1024")  # not in states of version 0.1
+    metadata = modelspec_metadata(title=config.output_name, resolution=resolution) | {
         "sdxl_flows.config": config.model_dump_json(),
         "sdxl_flows.dataset_digest": generation.scalars["dataset_digest"],
         "sdxl_flows.steps": str(generation.step),

@@ -37,13 +37,21 @@ def check_prompts(config: TrainConfig) -> None:
     """Raises: ConfigError: a preview prompt that is wrong, or has more tokens than the text encoders are given."""
     for number, prompt in enumerate(prompts_of(config), 1):
         for what, text in (("prompt", prompt.text), ("the negative of prompt", prompt.negative)):
-            count = count_tokens(text)
+            count = _num_tokens(text, config)
             if count > config.max_token_length:
                 raise ConfigError(
                     f"sample_prompts: {what} {number} ({text[:40]!r}…) has {count} tokens, and max_token_length = "
                     f"{config.max_token_length} of them are seen: its end would silently be left out. Shorten it, or "
                     f"raise max_token_length (75, 150 or 225)."
                 )
+
+
+def _num_tokens(text: str, config: TrainConfig) -> int:
+    if not config.weighted_captions:
+        return count_tokens(text)
+    from sdxl_core.models.tokenizer import weighted_tokens  # imports torch
+
+    return len(weighted_tokens(text)[0])  # brackets and weights are no tokens
 
 
 def check_writable(config: TrainConfig) -> None:

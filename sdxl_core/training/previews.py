@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ def preview_paths(config: TrainConfig, step: int) -> list[Path]:
 
 
 @torch.no_grad()
-def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int, keep: bool = True) -> list[Path]:
-    """One picture a prompt; `keep`: they are written. The base model's VAE is loaded for this and let go again."""
+def write_previews(
+    denoiser: Denoiser, config: TrainConfig, *, step: int, keep: bool = True, leave: Callable[[], bool] = lambda: False
+) -> None:
+    """One picture a prompt. The base model's VAE is loaded for this and let go again.
+
+    Args:   keep: they are written.   leave: asked before each picture; true: the others are left out.
+    """
+    if leave():
+        return
     device = next(denoiser.parameters()).device
     vae: Any = load_models(config.base_model, parts=("vae",), dtype=torch.float32).vae
     vae.to(device)
@@ -52,7 +60,8 @@ def write_previews(denoiser: Denoiser, config: TrainConfig, *, step: int, keep: 
         pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         if keep:
             _save(pixels, path)
-    return paths
+        if number + 1 < len(paths) and leave():
+            return
 
 
 def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: Prompt, *, number: int, factor: int) -> Tensor:

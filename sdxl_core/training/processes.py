@@ -20,12 +20,16 @@ Status = Literal["running", "finished", "stopped", "failed"]
 
 
 class StopSignal:
-    """True once SIGTERM or SIGINT has come. The loop looks at it between two steps, then saves and leaves."""
+    """`received` is true once SIGTERM or SIGINT has come. The loop looks at it in each step, then saves and leaves."""
 
     def __init__(self) -> None:
         self.received = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
+
+    def is_set(self) -> bool:
+        """Has one come? Asked between two pictures, or two batches, that can as well be made later."""
+        return self.received
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = True

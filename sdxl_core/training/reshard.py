@@ -113,6 +113,8 @@ def _resharded(
 
 
 def _joined(pieces: list[tuple[Piece, Tensor]], wanted: Piece, name: str) -> Tensor:
+    if not wanted.count:
+        return pieces[0][1].new_empty(0)
     parts, reached = [], wanted.offset
     for at, tensor in sorted(pieces, key=lambda pair: pair[0].offset):
         start, stop = max(reached, at.offset), min(wanted.offset + wanted.count, at.offset + at.count)

@@ -40,6 +40,13 @@ def run_settings(config: TrainConfig, training_set: TrainingSet) -> dict[str, An
     }
 
 
+def former_settings(config: TrainConfig) -> dict[str, Any]:
+    """What version 0.1 wrote down otherwise: it knew a base model by its modification time."""
+    from sdxl_core.models import dated_fingerprint  # imports torch
+
+    return {"base_model": dated_fingerprint(config.base_model)}
+
+
 def write_result(config: TrainConfig, settings: dict[str, Any], ref: CheckpointRef) -> None:
     """The last file of a run. `settings`: `run_settings`."""
     record = {"config": config.model_dump(mode="json"), "settings": settings, "ref": to_json(ref)}

@@ -43,13 +43,15 @@ class RunState:
             "config": config.model_dump(mode="json"),
             "dataset_digest": training_set.digest,
             "metadata_sha256": training_set.metadata_sha256,
+            "resolution": "{}x{}".format(*training_set.resolution_px),
         }
         self.average, self.guard = average, guard
         self.weights = {name: local(parameter.detach()) for _, name, parameter in updater.walk()}
         self.ema: Ema | None = None
         if config.ema_decay is not None and writes:
             held = {name: value for name, value in self.weights.items() if value.numel()}
-            self.ema = Ema(held, decay=config.ema_decay, every=config.ema_every_steps)
+            device = next(iter(self.weights.values())).device
+            self.ema = Ema(held, decay=config.ema_decay, every=config.ema_every_steps, device=device)
         self._is_divided = any(piece.count < piece.total for piece in updater.pieces.values())
 
     def snapshot(self, step: int, *, copy: bool = True) -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import time
@@ -46,6 +47,29 @@ class SaveTimes:
             return f"{config.output_name}-step{num_steps:08d}.safetensors"
         return ""
 
+    def most_models(self, total: int) -> int:
+        """How many model files of a run of `total` steps are there at once, the one of its end among them."""
+        on_the_way = self._num_saves(total, self._config.save_model_every_steps, self._config.save_model_every_epochs)
+        keep = self._config.keep_models
+        return 1 + (min(on_the_way, keep + 1) if keep else on_the_way)
+
+    def most_states(self, total: int) -> int:
+        """How many states are there at once; one more than it saves by itself, for it may be asked to stop."""
+        config = self._config
+        if config.save_every_minutes:
+            return config.keep_states + 1
+        saves = self._num_saves(total, config.save_every_steps, config.save_every_epochs)
+        saves += self._num_saves(total, config.save_model_every_steps, config.save_model_every_epochs)
+        return min(config.keep_states + 1, saves + 2)
+
+    def _num_saves(self, total: int, every_steps: int, every_epochs: int) -> int:
+        """After how many steps before the last `_at` is true."""
+        periods = [every for every in (every_steps, every_epochs * self._steps_per_epoch) if every]
+        if len(periods) < 2:
+            return sum((total - 1) // every for every in periods)
+        one, other = periods
+        return (total - 1) // one + (total - 1) // other - (total - 1) // math.lcm(one, other)
+
     def _at(self, num_steps: int, every_steps: int, every_epochs: int) -> bool:
         if every_steps and num_steps % every_steps == 0:
             return True
@@ -78,30 +102,60 @@ class Saver:
             then(path)
 
 
-def check_disk(folder: Path, *, state_bytes: int, model_bytes: int, keep: int) -> None:
-    """Refuse to begin where the disk cannot hold what the run will write.
+def check_disk(config: TrainConfig, times: SaveTimes, *, total: int, state_bytes: int, model_bytes: int) -> None:
+    """Refuse to begin where the disk cannot hold all that the run will write.
 
-    A new state is whole before the oldest goes, so `keep` + 1 of them are there for a moment, and the model file.
+    A new state, or model on the way, is whole before the oldest goes, so one more than are kept is there for a moment.
+    Args:   total: steps of the whole run.   state_bytes: of one state of all processes together, averages included.
     Raises: DiskFullError.
     """
+    folder = config.out
     folder.mkdir(parents=True, exist_ok=True)
-    there = sum(file.stat().st_size for path in folder.glob("step-*") for file in path.glob("*"))
-    needed, free = (keep + 1) * state_bytes + model_bytes, shutil.disk_usage(folder).free + there
-    if free < needed:
+    num_states, num_models = times.most_states(total), times.most_models(total)
+    needed = num_states * state_bytes + num_models * model_bytes
+    free, there = shutil.disk_usage(folder).free, sum(map(_size, _own_files(config)))
+    if free + there < needed:
+        average = "" if config.ema_decay is None else ", the averaged weights of ema_decay among it"
         raise DiskFullError(
-            f"{folder}: the disk has {free / 1e9:.1f} GB for this run, which needs {needed / 1e9:.1f} GB: "
-            f"{keep} resumable states of {state_bytes / 1e9:.1f} GB and one more while it is written, and a model file "
-            f"of {model_bytes / 1e9:.1f} GB. Free some space, or choose an out folder on another disk."
+            f"{folder}: this run needs {_bytes(needed)} on the disk: {num_states} resumable states of "
+            f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}, and one more while it is written), "
+            f"and {num_models} model file{'s' * (num_models > 1)} of {_bytes(model_bytes)} "
+            f"(keep_models = {config.keep_models or 'all'}). "
+            f"{_bytes(free)} are free, {_bytes(there)} are this run's already. Free {_bytes(needed - free - there)}, "
+            f"keep fewer (keep_models, save_model_every_epochs, save_model_every_steps), or choose an out folder on "
+            f"another disk."
         )
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} bytes ({count / 1e9:.1f} GB)"
+
+
+def _own_files(config: TrainConfig) -> list[Path]:
+    """States, half-written ones too, and models that are there and are kept or replaced."""
+    state, model = config.out / "state", config.out / "model"
+    last = model / config.output_name
+    found = [*state.glob("step-*"), *state.glob(".step-*.partial"), *_models_on_the_way(model, config)]
+    return [*found, *(path for path in (last, last.with_name(f"{last.name}.safetensors")) if path.exists())]
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _models_on_the_way(folder: Path, config: TrainConfig) -> list[Path]:
+    suffix = "" if config.save_model_as == "diffusers" else r"\.safetensors"
+    pattern = re.compile(rf"{re.escape(config.output_name)}-(step\d{{8}}|\d{{6}}){suffix}")
+    return [path for path in folder.glob("*") if pattern.fullmatch(path.name)]
 
 
 def remove_old_models(folder: Path, config: TrainConfig) -> None:
     """Keep the newest `keep_models` of the model files that were written on the way."""
     if config.keep_models:
-        suffix = "" if config.save_model_as == "diffusers" else r"\.safetensors"
-        pattern = re.compile(rf"{re.escape(config.output_name)}-(step\d{{8}}|\d{{6}}){suffix}")
-        found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
-        for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)[: -config.keep_models]:
+        for path in sorted(_models_on_the_way(folder, config), key=lambda path: path.stat().st_mtime_ns)[
+            : -config.keep_models
+        ]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

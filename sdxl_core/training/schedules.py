@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sdxl_core.config.train import TrainOptions
 from sdxl_core.config.train.optimizer import OptimizerOptions, ScheduleName
 
 
@@ -67,6 +68,11 @@ _SHAPES: dict[ScheduleName, Callable[[Schedule, float, int], float]] = {
     "polynomial": _polynomial,
     "warmup_stable_decay": _stable_then_decay,
 }
+
+
+def total_steps(config: TrainOptions, *, steps_per_epoch: int) -> int:
+    """Optimizer steps of a whole run."""
+    return config.max_train_epochs * steps_per_epoch if config.max_train_epochs else config.max_train_steps
 
 
 def steps_of(value: float, *, total_steps: int) -> int:

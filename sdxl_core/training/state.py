@@ -4,7 +4,7 @@
                   optimizer.safetensors   the optimizer's states
                   ema.safetensors         the averaged weights, where there are such
                   losses.safetensors      the window of the moving average
-                  manifest.json           step, settings, scalars, sha256 of each file; written last
+                  manifest.json           step, settings, scalars, sha256 of each file and of all this; written last
 
 Where weights are divided among processes (FSDP2), each writes its own `weights.1-of-4.safetensors`, and the manifest
 says which elements of a weight it holds. Order, noise and captions are functions of the step: nothing else is needed.
@@ -28,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdxl_core.errors import CheckpointError, ConfigError
-from sdxl_core.files import disk_errors, sha256_file, sync_files, sync_folder, write_atomic
+from sdxl_core.files import digest_of, disk_errors, sha256_file, sync_files, sync_folder, write_atomic
 from sdxl_core.training.parallel import Piece
 
-FORMAT = 2
+FORMAT, UNDIGESTED_FORMAT = 3, 2  # states of version 0.1 have no digest of their manifest
 KEPT_GENERATIONS = 2
 MANIFEST = "manifest.json"
 WAIT_S = 3600.0  # for the other processes' files: they are gone if it takes longer
@@ -95,6 +95,7 @@ def save_snapshot(
                 return final
             records = [record, *(_wait_for(partial / f"part-{other}.json") for other in range(1, num_ranks))]
             manifest = {"format": FORMAT, "step": snapshot.step, "settings": snapshot.settings, "parts": records}
+            manifest["sha256"] = _manifest_digest(manifest)
             write_atomic(partial / MANIFEST, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -143,16 +144,18 @@ def _as_os_error(error: SafetensorError) -> Exception:
     return OSError(int(code.group(1)), os.strerror(int(code.group(1)))) if code else error
 
 
-def load_newest(folder: Path, *, settings: dict[str, Any]) -> Generation | None:
+def load_newest(
+    folder: Path, *, settings: dict[str, Any], formerly: Mapping[str, Any] | None = None
+) -> Generation | None:
     """The newest generation that is whole, or None where there is none at all. Tensors are on the CPU, mapped.
 
-    A damaged one is skipped with a warning, its predecessor is used.
+    A damaged one is skipped with a warning, its predecessor is used. `formerly`: as `check_settings`.
     Raises: ConfigError: the state is of a run with other settings.   CheckpointError: every generation is damaged.
     """
     generations = _generations(folder)
     for path in generations:
         try:
-            return read_generation(path, settings=settings)
+            return read_generation(path, settings=settings, formerly=formerly)
         except CheckpointError as error:
             logger.warning("%s Falling back to the generation before it.", error)
     if generations:
@@ -162,19 +165,25 @@ def load_newest(folder: Path, *, settings: dict[str, Any]) -> Generation | None:
     return None
 
 
-def read_generation(path: Path, *, settings: dict[str, Any] | None = None, verify: bool = True) -> Generation:
+def read_generation(
+    path: Path,
+    *,
+    settings: dict[str, Any] | None = None,
+    formerly: Mapping[str, Any] | None = None,
+    verify: bool = True,
+) -> Generation:
     """One generation. `settings`: of the run that continues it, None where nobody does; `verify`: every byte.
 
     Raises: CheckpointError: it is damaged.   ConfigError: it is of a run with other settings.
     """
+    manifest = read_manifest(path)
     try:
-        manifest = orjson.loads((path / MANIFEST).read_bytes())
         step, saved_settings = int(manifest["step"]), manifest["settings"]
         parts = [(part["files"], part["scalars"], part["pieces"]) for part in manifest["parts"]]
-    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error}).") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error!r}).") from error
     if settings is not None:
-        check_settings(path, saved_settings, settings)
+        check_settings(path, saved_settings, settings, formerly)
     read = tuple(
         Snapshot(
             step=step,
@@ -188,6 +197,34 @@ def read_generation(path: Path, *, settings: dict[str, Any] | None = None, verif
     return Generation(path=path, step=step, settings=saved_settings, parts=read)
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the manifest of the generation `path` says, checked against its own digest. Raises: CheckpointError."""
+    try:
+        manifest: dict[str, Any] = orjson.loads((path / MANIFEST).read_bytes())
+        told = manifest.pop("sha256", None)
+        is_old = told is None and manifest["format"] == UNDIGESTED_FORMAT
+        is_whole = is_old or told == _manifest_digest(manifest)
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: unreadable ({error!r}).") from error
+    if not is_whole:
+        raise CheckpointError(f"{path / MANIFEST}: is not what was written (sha256 differs).")
+    return manifest
+
+
+def newest_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the newest generation whose manifest is whole; None where there is none. Reads no tensor."""
+    for path in _generations(folder):
+        try:
+            return read_manifest(path)
+        except CheckpointError:  # told by `load_newest`
+            continue
+    return None
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return digest_of(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS))
+
+
 def _read_file(path: Path, expected: dict[str, Any], *, verify: bool) -> dict[str, Tensor]:
     file = path / expected["file"]
     if not file.exists() or (verify and sha256_file(file) != expected["sha256"]):
@@ -196,12 +233,15 @@ def _read_file(path: Path, expected: dict[str, Any], *, verify: bool) -> dict[st
     return tensors
 
 
-def check_settings(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to continue a run under other settings.
+def check_settings(
+    path: Path, saved: dict[str, Any], asked: dict[str, Any], formerly: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse to continue a run under other settings. `formerly`: how older versions wrote down what is asked.
 
     Raises: ConfigError: names every field that differs, with both values.
     """
-    differing = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name)]
+    known = {name for name, value in (formerly or {}).items() if saved.get(name) == value}
+    differing = [name for name in {**saved, **asked} if saved.get(name) != asked.get(name) and name not in known]
     if not differing:
         return
     listed = ", ".join(f"{name} ({saved.get(name)!r} there, {asked.get(name)!r} now)" for name in differing)

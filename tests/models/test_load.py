@@ -25,7 +25,8 @@ from sdxl_core.models import (
     save_single_file,
     vae_fingerprint,
 )
-from sdxl_core.models.presets import MODEL_COMPONENTS
+from sdxl_core.models.key_names import folder_names, to_original
+from sdxl_core.models.presets import MODEL_COMPONENTS, Component
 
 State = dict[str, Tensor]
 
@@ -244,10 +245,31 @@ def test_a_base_model_is_known_again_and_a_change_is_seen(tmp_path: Path, tiny: 
     before = {name: model_fingerprint(name) for name in ("tiny", str(path), str(folder))}
     assert len(set(before.values())) == 3
     assert before == {name: model_fingerprint(name) for name in before}
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies" / "other name.safetensors").write_bytes(path.read_bytes())
+    shutil.copytree(folder, tmp_path / "copies" / "folder", copy_function=shutil.copyfile)
+    assert model_fingerprint(str(tmp_path / "copies" / "other name.safetensors")) == before[str(path)]
+    assert model_fingerprint(str(tmp_path / "copies" / "folder")) == before[str(folder)]
     save_single_file(path, tiny, precision="fp16", metadata={"another": "file"})
     save_diffusers_folder(folder, tiny, precision="bf16")
     assert model_fingerprint(str(path)) != before[str(path)]
     assert model_fingerprint(str(folder)) != before[str(folder)]
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "text_encoder_2", "vae"])
+def test_one_trained_tensor_makes_another_model(
+    tmp_path: Path, tiny: SdxlModels, single_file: Path, part: Component
+) -> None:
+    """Header and size stay the same."""
+    tensors = load_file(single_file)
+    key = list(to_original(part, folder_names(part, getattr(tiny, part).state_dict()), "tiny"))[-1]
+    tensors[key] = tensors[key] + 1e-3
+    save_file(tensors, tmp_path / "one.safetensors", metadata={"format": "pt"})
+    tensors[key] = tensors[key] + 1e-3
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    one, other = (tmp_path / f"{name}.safetensors" for name in ("one", "other"))
+    assert one.stat().st_size == other.stat().st_size
+    assert model_fingerprint(str(one)) != model_fingerprint(str(other))
 
 
 # --- what is not a model

@@ -49,17 +49,20 @@ class StopAt(StopSignal):
         self._asked += 1
         return self._asked >= self._step
 
+    def is_set(self) -> bool:
+        return self._asked >= self._step
+
 
 @pytest.fixture(scope="session")
 def train() -> Callable[..., bool]:
     """A whole run in this process, on one thread as a launched one. accelerate keeps one state a process."""
 
-    def run(config: TrainConfig, *, stop_at: int = 10**9) -> bool:
+    def run(config: TrainConfig, *, stop_at: int = 10**9, stop: StopSignal | None = None) -> bool:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            return loop.train(config, stop=StopAt(stop_at))
+            return loop.train(config, stop=stop or StopAt(stop_at))
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,41 @@ def test_a_disk_that_cannot_hold_the_states_is_said_before_the_first_step(
     usage = saving.shutil.disk_usage("/")
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
     run = config(max_train_steps=1)
-    with pytest.raises(DiskFullError, match=r"2 resumable states of 0\.0 GB and one more while it is written"):
+    expected = r"needs [\d,]+ bytes.*2 resumable states of [\d,]+ bytes.*one more while it is written.*1 model file of"
+    with pytest.raises(DiskFullError, match=expected) as error:
         train(run)
+    assert "20,000,000 bytes (0.0 GB) are free" in str(error.value)
     assert not list((run.out / "state").glob("step-*"))
+
+
+def test_the_disk_guard_counts_every_model_file_and_the_average(
+    config: Configure, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says a run needs is what the run then has on the disk, but for the states that were not written yet."""
+    usage = saving.shutil.disk_usage("/")
+    run = config(max_train_steps=6, save_model_every_steps=1, keep_models=0, ema_decay=0.9, ema_every_steps=1)
+    with monkeypatch.context() as small:
+        small.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(DiskFullError, match=r"3 resumable states.*averaged weights.*6 model files") as error:
+            train(run)
+    needed = int(re.findall(r"needs ([\d,]+) bytes", str(error.value))[0].replace(",", ""))
+    assert train(run)
+    written = {name: [saving._size(path) for path in (run.out / name).glob(pattern)]
+               for name, pattern in (("model", "*"), ("state", "step-*"))}  # fmt: skip
+    assert (len(written["model"]), len(written["state"])) == (6, 2)
+    assert needed == pytest.approx(sum(written["model"]) + 3 * written["state"][0], rel=0.05)
+
+
+def test_only_what_is_there_at_once_counts() -> None:
+    def most(**changes: Any) -> tuple[int, int]:
+        values = {"metadata": Path("m"), "latents": Path("l"), "out": Path("o"), **changes}
+        times = SaveTimes(TrainConfig.model_validate(values), steps_per_epoch=10)
+        return times.most_states(100), times.most_models(100)
+
+    assert most() == (2, 1), "one at the end, and one more if it is asked to stop"
+    assert most(save_every_steps=50) == (3, 1)
+    assert most(save_every_steps=10, keep_states=5) == (6, 1)
+    assert most(save_every_minutes=5) == (3, 1)
+    assert most(save_model_every_epochs=1) == (3, 10)
+    assert most(save_model_every_epochs=1, keep_models=2) == (3, 4)
+    assert most(save_model_every_epochs=1, save_model_every_steps=4) == (3, 1 + 9 + 24 - 4)

@@ -47,6 +47,7 @@ def test_every_sample_is_measured_once_in_every_bin_with_noise_of_its_own(
         return torch.full((len(batch.keys),), float(batch.draw.timesteps[0] // 200))
 
     one = held(run).measure(losses, step=3, rank=0, num_processes=1, gather=lambda rows: rows)
+    assert one is not None
     assert len(seen) == 4 * 5 and len(set(seen.values())) == 20
     assert one.by_bin == (0, 1, 2, 3, 4) and one.loss == 2
     before = dict(seen)

@@ -14,6 +14,7 @@ from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError, DataError, SdxlFlowsError
 from sdxl_core.models import load_models, save_single_file
 from sdxl_core.training.launch import launch_training
+from sdxl_core.training.preflight import check_prompts
 
 Configure = Callable[..., TrainConfig]
 MakeLatents = Callable[..., tuple[Path, Path]]
@@ -95,6 +96,16 @@ def test_an_empty_metadata_file_is_told(config: Configure, tmp_path: Path) -> No
 def test_a_prompt_that_is_too_long_is_told(config: Configure) -> None:
     message = refusal(config(sample_prompts=["a boat", "sea, " * 60]), ConfigError)
     assert "prompt 2" in message and "120 tokens" in message
+
+
+def test_brackets_and_weights_of_a_prompt_are_no_tokens(config: Configure) -> None:
+    """75 words with a weight each fill the 75 places; read as plain text they are five times as many."""
+    prompt = " ".join(["(sea:1.2)"] * 75)
+    check_prompts(config(sample_prompts=[prompt], weighted_captions=True))
+    with pytest.raises(ConfigError, match="has 76 tokens"):
+        check_prompts(config(sample_prompts=[prompt + " sea"], weighted_captions=True))
+    with pytest.raises(ConfigError, match=r"has \d{3} tokens"):
+        check_prompts(config(sample_prompts=[prompt]))
 
 
 def test_no_permission_to_write_is_told(config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import torch
 
 from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.training.loss_average import LossAverage
-from sdxl_core.training.state import Snapshot, load_newest, save_snapshot
+from sdxl_core.training.state import Snapshot, load_newest, read_generation, read_manifest, save_snapshot
 
 SETTINGS = {"seed": 1, "learning_rate": 4e-7, "dataset": "abc"}
 
@@ -74,6 +75,36 @@ def test_a_damaged_newest_state_falls_back_with_a_warning(
         loaded = load_newest(tmp_path, settings=SETTINGS)
     assert loaded is not None and loaded.step == 1
     assert str(path) in caplog.text and "before it" in caplog.text
+
+
+def test_any_flipped_byte_of_a_manifest_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / "manifest.json"
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"manifest\.json: "):
+            read_manifest(path.parent)
+    at = data.index(b"2.1")  # a number of the loss: still a manifest, but of another run
+    path.write_bytes(data[:at] + b"3" + data[at + 1 :])
+    loaded = load_newest(tmp_path, settings=SETTINGS)
+    assert loaded is not None and loaded.step == 1
+    assert "manifest.json: is not what was written (sha256 differs). Falling back to the generation" in caplog.text
+
+
+def test_states_of_the_first_version_are_read(tmp_path: Path) -> None:
+    """Their manifest has no digest, and they know the base model otherwise."""
+    path = save(tmp_path, 1, base_model="dated") / "manifest.json"
+    manifest = orjson.loads(path.read_bytes())
+    del manifest["sha256"]
+    path.write_bytes(orjson.dumps(manifest))
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        read_generation(path.parent)
+    path.write_bytes(orjson.dumps(manifest | {"format": 2}))
+    asked = SETTINGS | {"base_model": "by content"}
+    assert load_newest(tmp_path, settings=asked, formerly={"base_model": "dated"}) is not None
+    with pytest.raises(ConfigError, match=r"base_model \('dated' there"):
+        load_newest(tmp_path, settings=asked, formerly={"base_model": "another"})
 
 
 def test_only_damaged_states_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_core.training import rounding
-from sdxl_core.training.optimizer import ParameterGroup, SlotOptimizer, clip_factor, gradient_norm
+from sdxl_core.training.optimizer import ParameterGroup, SlotOptimizer, clip_factor
+from sdxl_core.training.parallel import gradient_norm
 from sdxl_core.training.rounding import RoundingNoise, random_16_bits, round_into
 
 CPU = torch.device("cpu")
