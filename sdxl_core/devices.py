@@ -12,7 +12,7 @@ import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from sdxl_core.errors import ConfigError, SdxlFlowsError, TransientError
 
 T = TypeVar("T")
+READY_WITHIN_S = 2.0  # else another slot is asked
 
 
 class SlotDied(TransientError):
@@ -78,9 +79,14 @@ def cores_of_slot() -> int:
     return max(1, len(os.sched_getaffinity(0)) // _num_slots)
 
 
-def _start_slot(device: str, num_slots: int) -> None:
+def share_cores(num_slots: int) -> None:
+    """Tell this process how many slots of its job share this machine's cores."""
     global _num_slots
     _num_slots = num_slots
+
+
+def _start_slot(device: str, num_slots: int) -> None:
+    share_cores(num_slots)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     threading.Thread(target=_watch_parent, daemon=True).start()
@@ -96,6 +102,10 @@ class Slot:
         self._closed = False
         self._lock = threading.Lock()
 
+    def is_ready(self, *, wait_s: float) -> bool:
+        """Whether a call would begin at once, or does within `wait_s` seconds; a process is started when called."""
+        return True
+
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call `function(*args)` in the slot's process; both must pickle by reference to an importable module.
 
@@ -104,7 +114,7 @@ class Slot:
         try:
             with self._lock:
                 if self._closed:
-                    raise SlotsClosed(f"device slot {self.device} is closed: the job is being cancelled.")
+                    raise self.closed_error()
                 if self._pool is None:
                     self._pool = ProcessPoolExecutor(
                         1, mp.get_context("spawn"), _start_slot, (self.device, self._num_slots)
@@ -115,11 +125,17 @@ class Slot:
             closed = self._closed
             self.stop(closing=closed)
             if closed:
-                raise SlotsClosed(f"device slot {self.device} is closed: the job is being cancelled.") from error
-            raise SlotDied(
-                f"the process on device {self.device} was killed (out of memory, or a signal). What it had committed "
-                f"is kept; the shard is tried again on a fresh process."
-            ) from error
+                raise self.closed_error() from error
+            raise self.died_error() from error
+
+    def closed_error(self) -> SlotsClosed:
+        return SlotsClosed(f"device slot {self.device} is closed: the job is being cancelled.")
+
+    def died_error(self) -> SlotDied:
+        return SlotDied(
+            f"the process on device {self.device} was killed (out of memory, or a signal). What it had committed "
+            f"is kept; the shard is tried again on a fresh process."
+        )
 
     def stop(self, *, closing: bool = True) -> None:
         """Kill the process, busy or not. With `closing`, later calls raise SlotsClosed."""
@@ -137,24 +153,35 @@ class Slot:
 class Slots:
     """All slots of a job; a context manager that kills their processes at the end, cancellation included."""
 
-    def __init__(self, devices: list[str]) -> None:
-        self.slots = [Slot(device, num_slots=len(devices)) for device in devices]
+    def __init__(self, devices: Sequence[str]) -> None:
+        self.slots: list[Slot] = []
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        for slot in self.slots:
-            self._free.put(slot)
+        for device in devices:
+            self.add(Slot(device, num_slots=len(devices)))
+
+    def add(self, slot: Slot) -> None:
+        self.slots.append(slot)
+        self._free.put(slot)
 
     @contextmanager
     def checkout(self) -> Iterator[Slot]:
-        """Wait for a free slot, and give it back afterwards."""
-        slot = self._free.get()
-        try:
-            yield slot
-        finally:
-            self._free.put(slot)
+        """Wait for a slot that is free and ready, and give it back afterwards. Raises: SlotsClosed."""
+        while True:
+            slot = self._free.get()
+            try:
+                if slot.is_ready(wait_s=READY_WITHIN_S):
+                    yield slot
+                    return
+            finally:
+                self._free.put(slot)
+
+    def stop(self) -> None:
+        """Kill every process, busy or not; later calls raise SlotsClosed."""
+        for slot in self.slots:
+            slot.stop()
 
     def __enter__(self) -> Slots:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for slot in self.slots:
-            slot.stop()
+        self.stop()

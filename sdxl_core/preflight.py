@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from sdxl_core.config import JobConfig
-from sdxl_core.devices import resolve_devices
+from sdxl_core.engines import check_devices
 from sdxl_core.errors import ConfigError
 from sdxl_core.query.grammar import parse
 from sdxl_core.training.preflight import check_prompts
@@ -40,4 +40,4 @@ def check_job(job: JobConfig) -> None:
 
         check_base_model(job.train.base_model)
         check_prediction(job.train.base_model, base_prediction(job.train.base_model), job.train)
-    resolve_devices(job.latents.devices)
+    check_devices(job.latents)

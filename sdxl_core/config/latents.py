@@ -85,7 +85,19 @@ class LatentsOptions(BucketOptions):
     devices: str = Field(
         "auto",
         description="auto (every CUDA card, else one CPU slot), or a list such as 0,1 or cpu,cpu: one process each, "
-        "started again when it dies; cpu alone: within the process that is running",
+        "started again when it dies; cpu alone: within the process that is running. engine = ray: auto (every GPU of "
+        "the cluster, else one CPU slot a machine), or a list such as gpu,gpu or cpu,cpu",
+    )
+    engine: Literal["processes", "ray"] = Field(
+        "processes",
+        description="processes: the devices of this machine; ray: those of a Ray cluster, one GPU a shard "
+        "(pip install 'sdxl-flows[ray]'; docs/cluster.md)",
+    )
+    ray_address: str = Field(
+        "local",
+        min_length=1,
+        description="engine = ray: local (a Ray of its own on this machine, ended with the run), auto (the cluster "
+        "that this machine belongs to), or its head as HOST:PORT",
     )
     decode_threads: int = Field(
         0, ge=0, le=256, description="threads a device that decode and resize pictures; 0: all cores, shared by devices"

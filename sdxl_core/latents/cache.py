@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from pathlib import Path
 
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.devices import SlotDied, Slots, resolve_devices
+from sdxl_core.devices import SlotDied, Slots
+from sdxl_core.engines import open_slots, works_here
 from sdxl_core.files import remove_stale_partials, write_atomic
 from sdxl_core.latents.join import join_latents
 from sdxl_core.latents.ledger import LEDGER, OPEN, ShardLedger, read_summary
@@ -43,20 +44,20 @@ def cache_latents(config: CacheLatentsConfig, *, progress: Progress = no_progres
     """Encode every picture of the metadata that is not encoded yet.
 
     `devices = cpu` works in this process; any other in processes of their own, which are started again when they are
-    killed. Raises: ConfigError, DataError, LockedError, DiskFullError, SlotDied (the same shard four times).
+    killed; `engine = ray` in those of a Ray cluster.
+    Raises: ConfigError, DataError, LockedError, DiskFullError, SlotDied (the same shard four times).
     """
-    devices = resolve_devices(config.devices)
+    engine = open_slots(config)
     with output_lock(config.out / "latents", purpose="cache-latents"):
         plan = plan_latents(config)
         left = [shard for shard in plan.shards if shard_is_finished(shard, config) is None]
-        if config.devices.strip() == "cpu":
+        if works_here(config):
             _encode_here(left, plan, config, progress)
         elif left:
-            with (
-                watch_progress(plan, config, progress),
-                ThreadPoolExecutor(len(devices)) as threads,
-                Slots(devices) as slots,  # ends first: an error or Ctrl-C does not wait for what is under way
-            ):
+            with watch_progress(plan, config, progress), ExitStack() as stack:
+                slots = stack.enter_context(engine)
+                threads = stack.enter_context(ThreadPoolExecutor(len(slots.slots)))
+                stack.callback(slots.stop)  # first: an error or Ctrl-C does not wait for what is under way
                 list(threads.map(lambda shard: encode_shard_in_slots(shard, config, slots), left))
         ref = join_latents(config, plan, progress=progress)
         draw_page(config, ref)

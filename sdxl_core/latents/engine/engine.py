@@ -57,13 +57,14 @@ class Engine:
     """Encodes groups of pictures on one device.
 
     Args:   config: with `batch_size` 0 the first run into `out` finds it out, and later ones keep to it.
-            device: `cpu`, or a card's number, which this process sees as cuda:0.
+            device: `cpu`, or a card's number, which this process sees as cuda:0; after a machine's name and a colon
+            where there are several.
             load: gives the VAE's encoder; another one for measuring.
     """
 
     def __init__(self, config: CacheLatentsConfig, device: str, *, load: LoadFunction = load_encoder) -> None:
         self._config, self._load = config, load
-        self._device = torch.device("cpu" if device == "cpu" else "cuda:0")
+        self._device = torch.device("cpu" if device.rpartition(":")[2] == "cpu" else "cuda:0")
         self._threads = config.decode_threads or cores_of_slot()
         self._table = BucketTable.from_options(config)
 

@@ -1,0 +1,193 @@
+"""Device slots on a Ray cluster of two nodes (two sets of Ray's processes on this machine)."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ray_cluster import two_nodes
+
+from sdxl_core.config import CacheLatentsConfig, LatentsOptions
+from sdxl_core.devices import SlotDied, SlotsClosed
+from sdxl_core.engines import check_devices, open_slots
+from sdxl_core.errors import ConfigError, TransientError
+from sdxl_core.ray_slots import RaySlots
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with two_nodes(num_gpus=1):  # Ray is told so; nothing here asks a driver
+        yield
+
+
+@pytest.fixture
+def witness(tmp_path: Path) -> Path:
+    path = tmp_path / "witness"
+    path.write_text("this job")
+    return path
+
+
+def test_every_node_gives_its_gpu_to_one_slot(cluster: None, witness: Path) -> None:
+    with RaySlots("auto", address="auto", witness=witness) as slots:
+        nodes, cards = set(), []
+        for slot in slots.slots:
+            assert slot.is_ready(wait_s=60)
+            nodes.add(slot.run(os.getppid))  # the node's raylet
+            cards.append((slot.run(os.getenv, "CUDA_VISIBLE_DEVICES"), slot.device.rpartition(":")[2]))
+        assert len(slots.slots) == len(nodes) == 2
+        assert all(visible == shown != "" for visible, shown in cards)
+
+
+def test_a_slot_keeps_its_process_and_threads_are_not_limited_by_ray(cluster: None, witness: Path) -> None:
+    with RaySlots("cpu", address="auto", witness=witness) as slots, slots.checkout() as slot:
+        assert slot.run(os.getpid) == slot.run(os.getpid) != os.getpid()
+        assert slot.run(os.getenv, "CUDA_VISIBLE_DEVICES") == ""
+        assert slot.run(os.getenv, "OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
+        assert slot.device.endswith(":cpu")
+
+
+def test_a_killed_actor_is_a_transient_error_and_the_other_does_not_notice(cluster: None, witness: Path) -> None:
+    with RaySlots("cpu,cpu", address="auto", witness=witness) as slots:
+        first, other = slots.slots
+        pid, pid_of_other = first.run(os.getpid), other.run(os.getpid)
+        with pytest.raises(SlotDied) as caught:
+            first.run(os.kill, pid, signal.SIGKILL)
+        assert isinstance(caught.value, TransientError) and "is tried again" in str(caught.value)
+        assert first.run(os.getpid) != pid and other.run(os.getpid) == pid_of_other
+
+
+def test_an_error_in_the_actor_reaches_the_caller_as_itself(cluster: None, witness: Path) -> None:
+    with (
+        RaySlots("cpu", address="auto", witness=witness) as slots,
+        slots.checkout() as slot,
+        pytest.raises(ZeroDivisionError),
+    ):
+        slot.run(divmod, 1, 0)
+
+
+def test_leaving_kills_a_busy_actor_and_its_task_is_not_retried(cluster: None, witness: Path) -> None:
+    failures: list[BaseException] = []
+    with RaySlots("cpu", address="auto", witness=witness) as slots:
+        slot = slots.slots[0]
+        pid = slot.run(os.getpid)
+
+        def work() -> None:
+            try:
+                with slots.checkout() as slot:
+                    slot.run(time.sleep, 600)
+            except SlotsClosed as error:
+                failures.append(error)
+
+        busy = threading.Thread(target=work)
+        busy.start()
+        time.sleep(0.5)
+    busy.join(timeout=30)
+    assert [type(error) for error in failures] == [SlotsClosed]
+    assert is_gone(pid)
+
+
+def test_a_slot_without_room_waits_while_the_others_work(cluster: None, witness: Path) -> None:
+    with (
+        RaySlots("gpu,gpu", address="auto", witness=witness) as busy,
+        RaySlots("gpu", address="auto", witness=witness) as late,
+    ):
+        pids = [slot.run(os.getpid) for slot in busy.slots]
+        assert not late.slots[0].is_ready(wait_s=0.5)
+        busy.stop()
+        with late.checkout() as slot:
+            assert slot.run(os.getpid) not in pids
+
+
+def test_a_machine_that_does_not_see_the_job_is_refused(cluster: None, witness: Path) -> None:
+    with RaySlots("cpu", address="auto", witness=witness) as slots:
+        witness.write_text("another machine's")
+        with pytest.raises(ConfigError, match="does not see the files of this job"), slots.checkout():
+            pass
+
+
+def test_more_slots_than_the_cluster_has_are_refused(cluster: None, witness: Path) -> None:
+    with pytest.raises(ConfigError, match="asks for 3 gpu slots, and the Ray cluster has 2"):
+        RaySlots("gpu,gpu,gpu", address="auto", witness=witness).__enter__()
+
+
+def test_a_ray_of_its_own_listens_on_loopback_and_dies_with_a_killed_driver(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "from sdxl_core.ray_slots import RaySlots\n"
+        "witness = Path(sys.argv[1]); witness.write_text('job')\n"
+        "with RaySlots('cpu', address='local', witness=witness) as slots:\n"
+        "    slot = slots.slots[0]\n"
+        "    print(slot.run(os.getpid), flush=True)\n"
+        "    slot.run(time.sleep, 600)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MARK_OF_THIS_TEST": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "witness")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as driver:
+        assert driver.stdout is not None
+        actor = int(driver.stdout.readline())
+        family = marked(str(tmp_path))
+        assert {actor, driver.pid} < family and len(family) > 3
+        addresses = listening(family)
+        driver.kill()
+    assert addresses and addresses <= {"127.0.0.1"}, addresses
+    deadline = time.monotonic() + 30
+    while marked(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not marked(str(tmp_path))
+
+
+def test_without_ray_installed_it_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = CacheLatentsConfig(engine="ray", source=Path("in"), metadata=Path("m.json"), out=Path("out"))
+    with pytest.raises(ConfigError, match=r"pip install 'sdxl-flows\[ray\]'"):
+        open_slots(config)
+    with pytest.raises(ConfigError, match=r"pip install 'sdxl-flows\[ray\]'"):
+        check_devices(config)
+
+
+def test_devices_of_a_cluster_have_words_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="Ray chooses machines and cards"):
+        check_devices(LatentsOptions(engine="ray", devices="0,1"))
+    check_devices(LatentsOptions(engine="ray", devices="gpu, gpu"))
+
+
+def is_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not Path(f"/proc/{pid}").exists()
+
+
+def marked(text: str) -> set[int]:
+    """Processes that have the text in their environment, zombies left out."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if f"MARK_OF_THIS_TEST={text}".encode() in (entry / "environ").read_bytes() and state != "Z":
+                found.add(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def listening(pids: set[int]) -> set[str]:
+    """The addresses that these processes accept connections on."""
+    import psutil
+
+    found = set()
+    for pid in pids:
+        connections: list[Any] = psutil.Process(pid).net_connections("inet")
+        found |= {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
