@@ -29,6 +29,7 @@ ABANDONED_AFTER_S = 60.0
 BEATS_WATCHED = 2.5  # how long an old heartbeat is watched before it counts as standing still
 BEATS_MISSED = 3  # how often a holder may find its lock gone before it counts it as lost
 LOCK_NAME = ".lock"
+HEARTBEAT_THREAD = "output lock's heartbeat"  # it takes no lock that a process forked beside it could need
 HOLDER_RUN = "SDXL_FLOWS_RUN"  # environment: what this process belongs to, for those who find its lock
 
 
@@ -79,7 +80,7 @@ def _enter(key: Path, purpose: str, wait_s: float) -> _Held:
     held = _Held(path, token, uses=1)
     with _held_guard:
         _held[key] = held
-    threading.Thread(target=_beat, args=(held,), daemon=True).start()
+    threading.Thread(target=_beat, args=(held,), name=HEARTBEAT_THREAD, daemon=True).start()
     return held
 
 

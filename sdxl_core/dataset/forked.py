@@ -14,6 +14,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from sdxl_core.lock import HEARTBEAT_THREAD
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -21,10 +23,11 @@ R = TypeVar("R")
 def num_processes(num_wanted: int) -> int:
     """How many processes can share work here: 1 where forking is unsafe (other threads run, or it is no Linux).
 
-    Idle threads of allocators and of OpenBLAS do not count: merely importing pyarrow and numpy starts them, and their
+    The heartbeat of an output lock does not count. Idle threads of allocators and of OpenBLAS do not count: merely importing pyarrow and numpy starts them, and their
     libraries take care of forks. Torch's may hold a lock of OpenMP.
     """
-    if sys.platform != "linux" or threading.active_count() > 1 or "torch" in sys.modules:
+    num_threads = sum(thread.name != HEARTBEAT_THREAD for thread in threading.enumerate())
+    if sys.platform != "linux" or num_threads > 1 or "torch" in sys.modules:
         return 1
     return max(1, min(num_wanted, len(os.sched_getaffinity(0))))
 

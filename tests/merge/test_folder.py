@@ -357,9 +357,20 @@ results = list(forked.map_forked(work, range(6), count=2, caller_works=False))
 assert [square for square, _ in results] == [item * item for item in range(6)], results
 assert [pid == parent for _, pid in results] == [False, False, False, True, False, True], results
 plan.MIN_IMAGES_A_PROCESS = 1
-assert forked.num_processes(2) == min(2, len(os.sched_getaffinity(0)))
+num_expected = min(2, len(os.sched_getaffinity(0)))
+assert forked.num_processes(2) == num_expected
+
+def noted(index, merge_part=plan.merge_part, **options):
+    with open("workers.txt", "a") as file:
+        file.write(f"{os.getpid()} ")
+    return merge_part(index, **options)
+
+plan.merge_part = noted
 ref = plan.merge_tags(MergeTagsConfig(source=Path("in"), out=Path("forked.json"), num_shards=3))
 assert ref.num_kept == 6
+workers = set(Path("workers.txt").read_text().split())
+assert len(workers) == num_expected, f"{num_expected} processes read the texts while the output is held, not {workers}"
+assert num_expected == 1 or str(parent) not in workers
 """
 
 
