@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 MAX_PIECES = 1024  # Linux takes no more in one writev
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 MANY_FILES = 16
+SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 WHOLE_SYNC = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)  # ext, xfs, btrfs, f2fs, tmpfs (linux/magic.h)
 MAX_NAME_BYTES = 200  # file systems allow 255; a partial file's name is longer than the name it takes
 
@@ -152,6 +155,21 @@ def folder_guard(folder: Path) -> Iterator[None]:
             os.close(guard)
 
 
+def start_writing(file: BinaryIO) -> None:
+    """Have the system begin to write what is in a file to the disk, without waiting: the sync at its end is short then.
+
+    sync_file_range(2), which is for Linux alone; elsewhere without effect.
+    """
+    if sys.platform.startswith("linux"):
+        file.flush()
+        _libc().sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def sync_folder(folder: Path) -> None:
     """fsync a folder, so that renames in it survive a power cut (no-op where folders cannot be opened)."""
     try:
@@ -190,9 +208,7 @@ def _sync_file_system(folder: Path) -> bool:
     """syncfs, where it is known to write everything and to tell of failures; False where it is not."""
     if not sys.platform.startswith("linux") or _kernel() < (5, 8):  # before, syncfs kept failures to itself
         return False
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _libc()
     told = (ctypes.c_long * 32)()  # struct statfs, whose first field is the kind
     with disk_errors(folder):
         handle = os.open(folder, os.O_RDONLY)

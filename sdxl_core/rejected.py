@@ -59,7 +59,8 @@ def _update(path: Path, stage: str, new: list[Rejected]) -> int:
         return len(new)
     first = next((place for place, row in enumerate(old) if row.stage == stage), len(old))
     before, after = ([row for row in part if row.stage != stage] for part in (old[:first], old[first:]))
-    write_atomic(path, (rejected_line(row) for row in before + new + after))
+    rows = before + new + after
+    write_atomic(path, map(rejected_line, rows), sync=bool(rows))  # an empty file has nothing to lose
     return len(new)
 
 

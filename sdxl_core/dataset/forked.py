@@ -23,8 +23,9 @@ R = TypeVar("R")
 def num_processes(num_wanted: int) -> int:
     """How many processes can share work here: 1 where forking is unsafe (other threads run, or it is no Linux).
 
-    The heartbeat of an output lock does not count. Idle threads of allocators and of OpenBLAS do not count: merely importing pyarrow and numpy starts them, and their
-    libraries take care of forks. Torch's may hold a lock of OpenMP.
+    The heartbeat of an output lock does not count: it holds nothing a child needs. Nor do idle threads of allocators
+    and of OpenBLAS: merely importing pyarrow and numpy starts them, and their libraries take care of forks. Torch's may
+    hold a lock of OpenMP.
     """
     num_threads = sum(thread.name != HEARTBEAT_THREAD for thread in threading.enumerate())
     if sys.platform != "linux" or num_threads > 1 or "torch" in sys.modules:

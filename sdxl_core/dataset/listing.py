@@ -7,7 +7,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -59,8 +59,7 @@ class Names:
         return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[str]:
-        for chunk in self._chunks:
-            yield from chunk.decode("utf-8", "surrogateescape").split("\0")
+        return chain.from_iterable(chunk.decode("utf-8", "surrogateescape").split("\0") for chunk in self._chunks)
 
     def part(self, start: int, stop: int) -> list[str]:
         """The names from `start` to before `stop`."""
@@ -76,14 +75,15 @@ class NameListing:
     """Names of the pictures below `source`, sorted as sd-scripts sorts; `rejected`: names that cannot be used.
 
     `names` and `text_names` are POSIX paths below the source; `text_names`: every file with one of the asked text
-    extensions, in no order.   `has_odd_texts`: something else has the name of a text: a folder, a pipe, a link out of
-    the data roots.
+    extensions, in no order.   `text_endings`: which of the extensions they have.   `has_odd_texts`: something
+    else has the name of a text: a folder, a pipe, a link out of the data roots.
     """
 
     source: Path
     names: Names
     rejected: tuple[Rejected, ...]
     text_names: Names
+    text_endings: frozenset[str]
     has_odd_texts: bool
 
     @property
@@ -100,7 +100,7 @@ class NameListing:
         if self.has_odd_texts:
             texts = self.texts
             return [key + extension in texts for key in keys]
-        return [any(name.endswith(extension) for name in self.text_names)] * len(keys)
+        return [extension in self.text_endings] * len(keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +156,7 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
         names=Names.of(names),
         rejected=tuple(rejected),
         text_names=scan.texts,
+        text_endings=scan.text_endings,
         has_odd_texts=scan.has_odd_texts,
     )
 
@@ -168,6 +169,9 @@ def keys_of(names: Sequence[str]) -> list[str]:
 
 def _may_share_stems(names: Sequence[str]) -> bool:
     """False: no two pictures have one key. 64-bit hashes are compared, 8 bytes a picture."""
+    extension = names[0][names[0].rfind(".") :] if names else ""
+    if all(map(str.endswith, names, repeat(extension))):
+        return False
     hashes = np.fromiter((hash(name.rpartition(".")[0]) for name in names), np.int64, len(names))
     hashes.sort()
     return bool((hashes[1:] == hashes[:-1]).any())
@@ -210,26 +214,69 @@ def key_of(name: str) -> str:
     return name[:dot] if dot > name.rfind("/") + 1 else name
 
 
-class _Scan(NamedTuple):
-    images: list[str]
-    dangling: list[str]
-    outside: list[str]
-    texts: Names
-    has_odd_texts: bool
+class _Scan:
+    """What a walk has found so far; names are POSIX paths below the source."""
+
+    def __init__(self, text_extensions: tuple[str, ...]) -> None:
+        self.images: list[str] = []
+        self.dangling: list[str] = []
+        self.outside: list[str] = []
+        self.texts = Names()
+        self.has_odd_texts = False
+        self._roots = data_roots()
+        self._extensions = text_extensions
+        self._endings: set[str] = set()
+        self._new_texts: list[str] = []
+
+    @property
+    def text_endings(self) -> frozenset[str]:
+        return frozenset(self._endings)
+
+    def add_files(self, prefix: str, names: Sequence[str]) -> None:
+        """Take the pictures and texts from names of regular files of one folder."""
+        texts = [name for name in names if name.endswith(self._extensions)]
+        images = [name for name in names if name.endswith(IMAGE_EXTENSIONS)]
+        if len(texts) + len(images) != len(names):
+            images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+        self.images += [prefix + name for name in images] if prefix else images
+        self.add_texts([prefix + name for name in texts] if prefix else texts)
+
+    def add_odd(self, prefix: str, entry: os.DirEntry[str]) -> bool:
+        """Take what is no regular file itself. Returns whether it is a folder to look into."""
+        name = entry.name
+        is_image, is_text = name.lower().endswith(IMAGE_EXTENSIONS), name.endswith(self._extensions)
+        self.has_odd_texts = self.has_odd_texts or is_text
+        if self._roots and entry.is_symlink() and not is_allowed(entry.path, self._roots):
+            self.outside += [prefix + name] * is_image
+        elif _leads_nowhere(entry):
+            self.dangling += [prefix + name] * is_image
+        elif entry.is_file():
+            self.images += [prefix + name] * is_image
+            self.add_texts([prefix + name] * (is_text and not is_image))
+        elif entry.is_dir():
+            return True
+        else:
+            self.dangling += [prefix + name] * is_image
+        return False
+
+    def add_texts(self, names: Sequence[str]) -> None:
+        self._new_texts += names
+        for extension in self._extensions:
+            if extension not in self._endings and any(map(str.endswith, names, repeat(extension))):
+                self._endings.add(extension)
+        if len(self._new_texts) >= NAMES_A_CHUNK // 2:
+            self.pack()
+
+    def pack(self) -> None:
+        self.texts.add(self._new_texts)
+        self._new_texts.clear()
 
 
 def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) -> _Scan:
     """Walk a folder. Links to folders are followed, each folder once and under its own name where it has one below
     the source: so loops end, and the result does not depend on the order of directory entries. Links that leave the
     data roots are not followed: pictures are listed as `outside`, texts and folders are not there."""
-    roots = data_roots()
-    images: list[str] = []
-    outside: list[str] = []
-    dangling: list[str] = []
-    texts: list[str] = []
-    packed_texts = Names()
-    has_odd_texts = False
-    lists = dict.fromkeys(text_extensions, texts) | dict.fromkeys(IMAGE_EXTENSIONS, images)  # by extension
+    scan = _Scan(text_extensions)
     folders, links = [""], list[str]()
     visited: set[tuple[int, int]] = set()
     while folders or links:
@@ -246,46 +293,21 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 continue
             visited.add((status.st_dev, status.st_ino))
             with os.scandir(source / prefix) as entries:
-                for entry in _and_pack(entries, texts, packed_texts):
-                    name = entry.name
-                    if entry.is_file(follow_symlinks=False):
-                        extension = name[name.rfind(".") :]
-                        if extension in lists or (extension := extension.lower()) in IMAGE_EXTENSIONS:
-                            lists[extension].append(prefix + name)
+                while some := list(islice(entries, NAMES_A_CHUNK)):
+                    names = [entry.name for entry in some if entry.is_file(follow_symlinks=False)]
+                    scan.add_files(prefix, names)
+                    if len(names) == len(some):
                         continue
-                    has_odd_texts = has_odd_texts or name.endswith(text_extensions)
-                    if roots and entry.is_symlink() and not is_allowed(entry.path, roots):
-                        if name.lower().endswith(IMAGE_EXTENSIONS):
-                            outside.append(prefix + name)
-                    elif _leads_nowhere(entry):
-                        if name.lower().endswith(IMAGE_EXTENSIONS):
-                            dangling.append(prefix + name)
-                    elif entry.is_file():
-                        if name.lower().endswith(IMAGE_EXTENSIONS):
-                            images.append(prefix + name)
-                        elif name.endswith(text_extensions):
-                            texts.append(prefix + name)
-                    elif entry.is_dir():
-                        if recursive:
-                            (links if entry.is_symlink() else folders).append(f"{prefix}{name}/")
-                    elif name.lower().endswith(IMAGE_EXTENSIONS):
-                        dangling.append(prefix + name)
+                    for entry in some:
+                        if not entry.is_file(follow_symlinks=False) and scan.add_odd(prefix, entry) and recursive:
+                            (links if entry.is_symlink() else folders).append(f"{prefix}{entry.name}/")
         except OSError as error:
             raise DataError(
                 f"{source / prefix}: this folder cannot be read ({error.strerror}), so its pictures are unknown. "
                 f"Change its permissions, or move it out of {source}."
             ) from error
-    packed_texts.add(texts)
-    return _Scan(images, dangling, outside, packed_texts, has_odd_texts)
-
-
-def _and_pack(entries: Iterator[os.DirEntry[str]], texts: list[str], packed: Names) -> Iterator[os.DirEntry[str]]:
-    """The entries; meanwhile `texts` that were found are packed whenever they are many."""
-    while some := list(islice(entries, NAMES_A_CHUNK)):
-        yield from some
-        if len(texts) >= NAMES_A_CHUNK // 2:
-            packed.add(texts)
-            texts.clear()
+    scan.pack()
+    return scan
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 MAX_TEXT_BYTES = 1_000_000
 _READ_BYTES = 16_384
+_AT_ONCE_BYTES = 1 << 22
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_RARE = (b"\0", b"\r", _BYTE_ORDER_MARK[:1])  # what asks for more than decoding and stripping
 _ESCAPED = re.compile(r"\\([()\[\]{}])")
 
 
@@ -45,6 +48,65 @@ def read_text(path: Path | str, states: list[int] | None = None) -> str:
         raise error.of(os.path.basename(path)) from None
     finally:
         os.close(handle)
+
+
+def read_plain_texts(paths: Sequence[str], *, ahead: bool) -> tuple[list[str | None], list[int]] | None:
+    """As `read_text` of some dozens of files at once, for a tenth less.
+
+    Args:   ahead: ask the system for all of them before the first is read.
+    Returns: the texts, None in place of a file that is not there, and the files' states, -1, -1 for such a file; or
+            None where any of them is anything but a plain text: then they are to be read one by one.
+    """
+    handles: list[int] = []
+    absent: list[int] = []
+    try:
+        for place, path in enumerate(paths):
+            try:
+                handles.append(os.open(path, os.O_RDONLY))
+            except FileNotFoundError:
+                absent.append(place)
+        if ahead and hasattr(os, "posix_fadvise"):
+            for handle in handles:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+        found = list(map(os.fstat, handles))
+        sizes = [status.st_size for status in found]
+        if max(sizes, default=0) > MAX_TEXT_BYTES or sum(sizes) > _AT_ONCE_BYTES:
+            return None
+        data = list(map(os.read, handles, [size + 1 for size in sizes]))  # the end is seen by what is not there
+        if list(map(len, data)) != sizes:
+            return None
+        texts: list[str | None] = [*_decoded_all(data)]
+    except (OSError, UnreadableText):
+        return None
+    finally:
+        _close_all(handles)
+    states = [0] * (2 * len(found))
+    states[::2], states[1::2] = sizes, [status.st_mtime_ns for status in found]
+    for place in absent:
+        texts.insert(place, None)
+        states[2 * place : 2 * place] = (-1, -1)
+    return texts, states
+
+
+def _close_all(handles: Sequence[int]) -> None:
+    """Close files; those with consecutive numbers, as the system gives them, by one call."""
+    if not handles:
+        return
+    start, stop = min(handles), max(handles) + 1
+    for other in [*sorted(set(range(start, stop)).difference(handles)), stop]:
+        os.closerange(start, other)
+        start = other + 1
+
+
+def _decoded_all(data: Sequence[bytes]) -> list[str]:
+    """As `_decoded` of each, none of them too long. Raises: UnreadableText: one is damaged."""
+    joined = b"".join(data)
+    if any(byte in joined for byte in _RARE):
+        return list(map(_decoded, data))
+    try:
+        return list(map(str.strip, map(bytes.decode, data)))
+    except UnicodeDecodeError as error:
+        raise UnreadableText("unreadable_text", f"is not UTF-8 ({error.reason})") from None
 
 
 def _read_on(handle: int, data: bytes) -> bytes:

@@ -198,12 +198,19 @@ def _pieces(
         sentences, lists = captions.read(keys, window, failures), tags.read(keys, window, failures)
         _count_missing(keys[window], lists, sentences, failures, counts)
         rows = zip(names[window], keys[window], sentences, lists, strict=True)
-        is_plain = not (failures or config.clean)
+        if not (failures or config.clean) and sentences.count(None) == len(lists) and "" not in lists:
+            tagged: list[tuple[str, str]] = []
+            for name, key, _, tag_text in rows:
+                if tag_text is None:
+                    _entry(config, name, key, None, None, None, counts)
+                else:
+                    tagged.append((key if prefix is None else prefix + name, tag_text))
+            if tagged:
+                yield Piece(tags_text(tagged), len(tagged))
+            continue
         entries: dict[str, dict[str, str]] = {}
         for name, key, caption, tag_text in rows:
-            if is_plain and tag_text and caption is None:
-                entries[key if prefix is None else prefix + name] = {"tags": tag_text}
-            elif entry := _entry(config, name, key, caption, tag_text, failures.get(key), counts):
+            if entry := _entry(config, name, key, caption, tag_text, failures.get(key), counts):
                 entries[key if prefix is None else prefix + name] = entry
         if entries:
             yield Piece(entries_text(entries), len(entries))
@@ -268,6 +275,22 @@ def entries_text(entries: dict[str, dict[str, str]]) -> bytes:
     if not text.isascii():
         text = text.decode().encode("ascii", "json-escapes")
     return text.replace(b"\x7f", b"\\u007f")
+
+
+def tags_text(rows: Sequence[tuple[str, str]]) -> bytes:
+    """As `entries_text` of keys and tags, at a third of its cost: one text with DEL, which nobody writes, between."""
+    texts = [text for row in rows for text in row]
+    others = [] if "".join(texts).isascii() else [place for place, text in enumerate(texts) if not text.isascii()]
+    escaped = [quoted(texts[place])[1:-1].encode() for place in others]
+    for place in others:
+        texts[place] = ""
+    parts = orjson.dumps("\x7f".join(texts))[1:-1].split(b"\x7f")
+    if len(parts) != len(texts):
+        return entries_text({key: {"tags": tags} for key, tags in rows})
+    for place, text in zip(others, escaped, strict=True):
+        parts[place] = text
+    entries = map(b'": {\n    "tags": "'.join, zip(parts[::2], parts[1::2], strict=True))
+    return b'  "%s"\n  }' % b'"\n  },\n  "'.join(entries)
 
 
 def _json_escapes(error: UnicodeError) -> tuple[str, int]:

@@ -7,10 +7,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from glob import escape
 from pathlib import Path
+from typing import BinaryIO
 
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.errors import DataError
-from sdxl_core.files import atomic_writer, remove_stale_partials
+from sdxl_core.files import atomic_writer, remove_stale_partials, start_writing
 from sdxl_core.lock import LOCK_NAME
 from sdxl_core.merge.shards import BLOCK_BYTES, MISSING, STAGE, damaged, rejected_rows, work_folder
 from sdxl_core.merge.tag_categories import write_tag_categories
@@ -33,7 +34,7 @@ def join_shards(config: MergeTagsConfig, shards: Iterable[MergeShardRef]) -> Met
     done: list[MergeShardRef] = []
     digest = hashlib.sha256()
     with atomic_writer(config.out) as file:
-        for piece in _whole_json(_noted(shards, done)):
+        for piece in _whole_json(_noted(shards, done, file)):
             digest.update(piece)
             file.write(piece)
         return _joined(config, done, digest.hexdigest())
@@ -71,10 +72,12 @@ def _joined(config: MergeTagsConfig, shards: Sequence[MergeShardRef], sha256: st
     )
 
 
-def _noted(shards: Iterable[MergeShardRef], done: list[MergeShardRef]) -> Iterator[MergeShardRef]:
+def _noted(shards: Iterable[MergeShardRef], done: list[MergeShardRef], file: BinaryIO) -> Iterator[MergeShardRef]:
+    """The shards; what those before gave is on its way to the disk while the next is waited for."""
     for shard in shards:
         done.append(shard)
         yield shard
+        start_writing(file)
 
 
 def _sha256_if_same(out: Path, shards: Sequence[MergeShardRef]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdxl_core.dataset.text import UnreadableText, read_text
+from sdxl_core.dataset.text import UnreadableText, read_plain_texts, read_text
 
 COLD_S = 50e-6  # a file that takes longer on average comes from a disk; from memory it takes about 5e-6
+FILES_AT_ONCE = 64  # held open; more gain nothing
 COLD_WINDOWS = 16  # how long files are asked for ahead before it is tried without
 
 Failures = dict[str, UnreadableText | OSError]
@@ -51,13 +51,32 @@ class Texts:
         base, extension = os.path.join(self.source, ""), self.extension
         paths = [base + key + extension if is_there else None for key, is_there in zip(names, there, strict=True)]
         start = time.perf_counter()
-        if self._cold:
-            _ask_for(paths)
-        texts = self._texts(names, paths, failures)
+        texts: list[str | None] = []
+        at_once = len(paths) if self._cold else FILES_AT_ONCE
+        for first in range(0, len(paths), at_once):
+            some = slice(first, first + at_once)
+            texts += self._plain_texts(paths[some]) or self._texts(names[some], paths[some], failures)
         if self._cold:
             self._cold -= 1
         elif time.perf_counter() - start > COLD_S * len(paths):
             self._cold = COLD_WINDOWS
+        return texts
+
+    def _plain_texts(self, paths: Sequence[str | None]) -> list[str | None] | None:
+        """The texts where every file that should be there is a plain text; else None."""
+        wanted = [path for path in paths if path is not None]
+        if self.states is not None and len(wanted) < len(paths):
+            return None  # an odd folder
+        read = read_plain_texts(wanted, ahead=bool(self._cold))
+        if read is None or (self.states is None and None in read[0]):
+            return None
+        self._num_read += len(paths)
+        texts, states = read
+        if self.states is not None:
+            self.states += states
+        if len(wanted) < len(paths):
+            rest = iter(texts)
+            texts = [next(rest) if path is not None else None for path in paths]
         return texts
 
     def _texts(self, keys: Sequence[str], paths: Sequence[str | None], failures: Failures) -> list[str | None]:
@@ -78,17 +97,3 @@ class Texts:
                 states += (-1, -1) if key not in failures else (0, 0)
         self._num_read += len(texts)
         return texts
-
-
-def _ask_for(paths: Sequence[str | None]) -> None:
-    """Have the system read files, without waiting for it."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in paths:
-        if path is not None:
-            with suppress(OSError):
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(handle)

@@ -164,6 +164,7 @@ def test_a_second_run_reads_no_text_and_writes_nothing(tmp_path: Path, monkeypat
         raise AssertionError(f"read {path}")
 
     monkeypatch.setattr("sdxl_core.merge.texts.read_text", no_reading)
+    monkeypatch.setattr("sdxl_core.merge.texts.read_plain_texts", no_reading)
     assert merge(folder, tmp_path / "out.json") == first
     assert times() == before
 
@@ -436,6 +437,16 @@ def test_every_character_is_written_as_json_writes_it(tmp_path: Path) -> None:
     assert (tmp_path / "out.json").read_text() == as_sd_scripts(folder, full_path=False, recursive=False)
 
 
+@given(
+    rows=st.lists(
+        st.tuples(stems, st.text(st.characters(codec="utf-8"), min_size=1, max_size=9)), min_size=1, max_size=5
+    )
+)
+def test_tags_alone_are_written_as_any_entries_are(rows: list[tuple[str, str]]) -> None:
+    rows = list(dict(rows).items())
+    assert folder_module.tags_text(rows) == folder_module.entries_text({key: {"tags": tags} for key, tags in rows})
+
+
 def test_only_regular_files_are_opened_as_texts(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", {"a.png": "one", "pipe.png": None, "folder.png": None, "gone.png": None})
     os.mkfifo(folder / "pipe.txt")  # opening it would wait for ever
@@ -455,9 +466,9 @@ def test_files_that_are_asked_for_ahead_are_read_as_the_others(
     merge(folder, tmp_path / "warm.json", **options)
     monkeypatch.setattr(texts_module, "COLD_S", 0.0)
     monkeypatch.setattr(folder_module, "ENTRIES_A_WRITE", 4)
-    asked: list[str] = []
-    ask_for = texts_module._ask_for
-    monkeypatch.setattr(texts_module, "_ask_for", lambda paths: (asked.extend(filter(None, paths)), ask_for(paths)))
+    asked: list[int] = []
+    ask_for = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: (asked.append(call[0]), ask_for(*call)))
     merge(folder, tmp_path / "cold.json", num_shards=2, **options)
     assert (tmp_path / "cold.json").read_bytes() == (tmp_path / "warm.json").read_bytes()
     assert len(asked) > 50
