@@ -17,19 +17,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.files_to_latents import engine_run, loop_rate
 from benchmarks.made_pictures import made_file
 from benchmarks.measure import machine
-from benchmarks.rival_loop import rival_loop
-from sdxl_core.buckets import BucketTable
-from sdxl_core.catalog.images import ImagePlace
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.files import sync_files
-from sdxl_core.latents.engine import EncodedGroup, Engine, EngineReport, Picture
-from sdxl_core.latents.formats import write_per_image
+from sdxl_core.latents.engine import EngineReport
 from sdxl_core.latents.vae import EncodeFunction, LoadFunction, load_encoder
 
 SIZES = [(1712, 2400), (2400, 1712), (2024, 2024)]
-COMMIT_SIZE = 32
 
 
 def sleeper(seconds: float) -> LoadFunction:
@@ -48,38 +43,21 @@ def sleeper(seconds: float) -> LoadFunction:
 
 def run(config: CacheLatentsConfig, paths: list[Path], load: LoadFunction) -> tuple[EngineReport, float]:
     """The report, and the milliseconds of cpu a picture that the calling thread took."""
-    pictures = [Picture(p.stem, ImagePlace(p, p.name, 0, p.stat().st_size, False)) for p in paths]
-    groups = [(n, pictures[s : s + COMMIT_SIZE]) for n, s in enumerate(range(0, len(pictures), COMMIT_SIZE))]
-
-    def commit(group: EncodedGroup) -> None:
-        files = [config.out / f"{item.picture.key}.npz" for item in group.pictures]
-        for file, item in zip(files, group.pictures, strict=True):
-            write_per_image(file, item.record)
-        sync_files(files)
-
     before = time.thread_time()
-    report = Engine(config, "cpu", load=load).run(groups, commit)
+    report = engine_run(config, paths, "cpu", load)
     return report, 1000 * (time.thread_time() - before) / len(paths)
 
 
 def rival_rate(config: CacheLatentsConfig, paths: list[Path], load: LoadFunction) -> float:
-    """Pictures a second of the loop."""
-    encode = load("tiny", "float32", torch.device("cpu"))
-
-    def sample(pixels: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            mean, logvar = encode(pixels)
-        return mean + torch.exp(logvar / 2) * torch.randn_like(mean)
-
-    started = time.perf_counter()
-    rival_loop(paths, BucketTable.from_options(config), sample, config.out)
-    return len(paths) / (time.perf_counter() - started)
+    cpu = torch.device("cpu")
+    return loop_rate(config, paths, load("tiny", "float32", cpu), cpu)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--commit-size", type=int, default=64, help="small, so that there are several groups")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +68,10 @@ def main() -> None:
             first = number % 12  # drawing a picture costs more than reading one
             data = made_file("webp", *SIZES[first % 3], first) if number < 12 else paths[first].read_bytes()
             paths[-1].write_bytes(data)
-        config = CacheLatentsConfig(source=root, metadata=root, out=root / "out", devices="cpu", compat="sd-scripts")
+        config = CacheLatentsConfig(
+            source=root, metadata=root, out=root / "out", devices="cpu", compat="sd-scripts",
+            commit_size=arguments.commit_size,
+        )  # fmt: skip
         config.out.mkdir()
         text = measured(config, paths, arguments.rounds)
     print(text)
@@ -103,7 +84,7 @@ def measured(config: CacheLatentsConfig, paths: list[Path], rounds: int) -> str:
     run(config, paths[:16], sleeper(0))  # warm up
     decode = statistics.median(run(config, paths[:64], sleeper(0))[0].images_per_s for _ in range(rounds))
     lines = [
-        f"{len(paths)} webp files of 4 MP, buckets of 1024 px squared, batch 4, commit groups of {COMMIT_SIZE}, "
+        f"{len(paths)} webp files of 4 MP, buckets of 1024 px squared, batch 4, commit groups of {config.commit_size}, "
         f"{rounds} rounds, medians. Decoding alone gives {decode:.1f} images/s.",
         "", "| device | images/s | device busy | decode busy | bound by | calling thread, cpu ms a picture |",
         "|---|---|---|---|---|---|",

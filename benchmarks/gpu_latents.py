@@ -18,22 +18,19 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.files_to_latents import engine_run, loop_rate
 from benchmarks.made_pictures import made_file
 from benchmarks.measure import machine
-from benchmarks.rival_loop import rival_loop
 from sdxl_core.buckets import Bucket, BucketTable
-from sdxl_core.catalog.images import ImagePlace
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.files import sync_files
-from sdxl_core.latents.engine import EncodedGroup, Engine, EngineReport, Picture
+from sdxl_core.latents.engine import EngineReport
 from sdxl_core.latents.engine.batch_size import settled_batch_size
-from sdxl_core.latents.formats import write_per_image
 from sdxl_core.latents.vae import DTYPES, EncodeFunction, compiled, load_encoder
 from sdxl_core.models.presets import component_config
 
@@ -42,13 +39,12 @@ SETS = {
     "mixed buckets": [(1712, 2400), (2400, 1712), (2048, 2048), (1536, 2688), (1920, 2176), (2560, 1600)],
 }
 SMALLER = 8  # with the tiny preset everything is this many times smaller
-GROUP_SIZE = 512
 NUM_DRAWN = 24  # distinct pictures; the rest are copies, which cost the same to read and decode
 
 
 @cache
-def random_encoder(preset: str, dtype: str, device: torch.device) -> EncodeFunction:
-    """The encoder of a VAE of this size; random weights take as long as trained ones."""
+def random_encoder(preset: str, name: str, dtype: str, device: torch.device) -> EncodeFunction:
+    """The encoder of a VAE of this size; random weights take as long as trained ones. `name` is not looked at."""
     if preset == "tiny":
         return load_encoder("tiny", dtype, device)
     import diffusers
@@ -118,45 +114,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def engine_run(config: CacheLatentsConfig, paths: list[Path], device: str, preset: str) -> EngineReport:
-    """Everything from files to synced `.npz` files."""
-    pictures = [Picture(p.stem, ImagePlace(p, p.name, 0, p.stat().st_size, False)) for p in paths]
-    groups = [(n, pictures[s : s + GROUP_SIZE]) for n, s in enumerate(range(0, len(pictures), GROUP_SIZE))]
-
-    def commit(group: EncodedGroup) -> None:
-        files = [config.out / f"{item.picture.key}.npz" for item in group.pictures]
-        for file, item in zip(files, group.pictures, strict=True):
-            write_per_image(file, item.record)
-        sync_files(files)
-
-    def load(vae: str, dtype: str, where: torch.device) -> EncodeFunction:
-        return random_encoder(preset, dtype, where)
-
-    return Engine(config, device, load=load).run(groups, commit)
-
-
-def loop_rate(config: CacheLatentsConfig, paths: list[Path], encode: EncodeFunction, device: torch.device) -> float:
-    def sample(pixels: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            mean, logvar = encode(pixels.to(device))
-            return mean + torch.exp(logvar / 2) * torch.randn_like(mean)
-
-    started = time.perf_counter()
-    rival_loop(paths, BucketTable.from_options(config), sample, config.out)
-    return len(paths) / (time.perf_counter() - started)
-
-
 def measure(config: CacheLatentsConfig, paths: list[Path], arguments: argparse.Namespace) -> Measured:
     device = torch.device("cpu" if arguments.device == "cpu" else "cuda:0")
-    encode = random_encoder(arguments.preset, config.dtype, device)
+    load = partial(random_encoder, arguments.preset)
+    encode = load(config.vae, config.dtype, device)
     table = BucketTable.from_options(config)
     sizes = SETS[paths[0].parent.name]
     shrink = SMALLER if arguments.preset == "tiny" else 1
     choices = [table.choose(width_px=w // shrink, height_px=h // shrink) for w, h in sizes]
     counts = Counter(choices[number % min(len(paths), NUM_DRAWN) % len(sizes)].bucket for number in range(len(paths)))
-    engine_run(config, paths[: 4 * config.batch_size], arguments.device, arguments.preset)  # warm up, compile
+    engine_run(config, paths[: 4 * config.batch_size], arguments.device, load)  # warm up, compile
     vae = vae_rate(config, encode, counts, device)
-    reports = [engine_run(config, paths, arguments.device, arguments.preset) for _ in range(arguments.rounds)]
+    reports = [engine_run(config, paths, arguments.device, load) for _ in range(arguments.rounds)]
     report = sorted(reports, key=lambda one: one.images_per_s)[len(reports) // 2]
     loop = loop_rate(config, paths[: max(4, len(paths) // 8)], encode, device)
     return Measured(vae, report.images_per_s, loop, report)
@@ -171,11 +140,7 @@ def settings(arguments: argparse.Namespace, root: Path) -> CacheLatentsConfig:
         bucket_step_px=64 // shrink,
     )  # fmt: skip
     device = torch.device("cpu" if arguments.device == "cpu" else "cuda:0")
-
-    def load(vae: str, dtype: str, where: torch.device) -> EncodeFunction:
-        return random_encoder(arguments.preset, dtype, where)
-
-    found = settled_batch_size(config, device, load)
+    found = settled_batch_size(config, device, partial(random_encoder, arguments.preset))
     return config.model_copy(update={"batch_size": found})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import copy_context
 from typing import Any
 
@@ -78,6 +78,7 @@ class _ShardEncoder:
             shard.path.unlink(missing_ok=True)  # the next plan cuts the same shard again, and its ledger counts
             raise
         self._keys: dict[int, dict[str, int]] = {}  # of the groups under way: key -> row
+        self._written: dict[int, tuple[str, WrittenFile] | Rejection] = {}  # by row, of the group that is encoded
 
     def run(self) -> None:
         self._check_roots()
@@ -91,7 +92,8 @@ class _ShardEncoder:
         if before:
             with self._attempts.running():
                 engine = Engine(self._config, self._device)
-                told = engine.run(self._groups(), self._commit)
+                write = self._write if self._config.layout == "per_image" else None
+                told = engine.run(self._groups(), self._commit, write)
             report = {"bound_by": told.bound_by, "seconds": {name: round(s, 3) for name, s in told.seconds.items()}}
         still_open = self._ledger.rows(OPEN)
         if len(still_open):
@@ -101,8 +103,8 @@ class _ShardEncoder:
             )
         elapsed = time.monotonic() - started
         report["images_per_s"] = before / elapsed if elapsed else 0.0
+        self._attempts.forget()  # first: a shard that is closed is not looked at again
         self._ledger.close(report | {"device": self._device})
-        self._attempts.forget()
 
     def _check_roots(self) -> None:
         for root in self._rows.roots or (self._config.source,):
@@ -170,8 +172,10 @@ class _ShardEncoder:
         if self._config.layout == "packed":
             files, file, at, checksums = self._write_packed(group.number, encoded)
         else:
-            files, file, at, checksums = self._write_per_image(encoded, rejected)
+            rejected |= {row: why for row, why in self._written.items() if isinstance(why, Rejection)}
             encoded = [one for one in encoded if one[0] not in rejected]
+            files, file, at, checksums = self._per_image_files(row for row, _ in encoded)
+            self._written.clear()
         rejected = {row: why for row, why in sorted(rejected.items()) if state[row] == OPEN}
         sync_files([self._latents / path for path, _ in files])
         self._ledger.commit(
@@ -193,23 +197,28 @@ class _ShardEncoder:
         done = self._rows.num_rows - len(self._ledger.rows(OPEN))
         self._context.run(self._progress, "latents", done, self._rows.num_rows)
 
-    def _write_per_image(
-        self, encoded: Sequence[tuple[int, EncodedPicture]], rejected: dict[int, Rejection]
-    ) -> _Written:
-        """One file a picture; what the file system has no name for is added to `rejected`."""
-        files, checksums = [], []
-        for row, item in encoded:
+    def _write(self, number: int, batch: Sequence[EncodedPicture]) -> None:
+        """One file a picture; what the file system has no name for is rejected. Called by the engine before `_commit`,
+        so that a group's end has little left to do: the device waits for it."""
+        for item in batch:
+            row = self._keys[number][item.picture.key]
+            if self._ledger.columns["state"][row] != OPEN:
+                continue
             size = {"width_px": item.record.original_width_px, "height_px": item.record.original_height_px}
             path = per_image_name(self._names[row].as_py(), self._config.npz_naming, **size)
             try:
-                files.append((path, write_per_image(self._latents / path, item.record)))
+                self._written[row] = path, write_per_image(self._latents / path, item.record)
             except OSError as error:
                 if error.errno not in _NO_SUCH_NAME:
                     raise
-                rejected[row] = Rejection("bad_file_name", f"its latents cannot be called {path}: {error.strerror}")
-                continue
-            checksums.append(files[-1][1].crc32)
-        return files, list(range(len(files))), [-1] * len(files), checksums
+                detail = f"its latents cannot be called {path}: {error.strerror}"
+                self._written[row] = Rejection("bad_file_name", detail)
+
+    def _per_image_files(self, rows: Iterable[int]) -> _Written:
+        """What `_write` made of rows."""
+        found = (self._written[row] for row in rows)
+        files = [one for one in found if not isinstance(one, Rejection)]
+        return files, list(range(len(files))), [-1] * len(files), [written.crc32 for _, written in files]
 
     def _write_packed(self, number: int, encoded: Sequence[tuple[int, EncodedPicture]]) -> _Written:
         """One file a bucket; `file` and `at` in the order of `encoded`."""

@@ -1,6 +1,6 @@
 """Kills, torn files, dying decoders, NaN for one picture, a clock that jumps: nothing lost, nothing wrong."""
 
-import json
+import hashlib
 import multiprocessing
 import os
 import random
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,22 +22,22 @@ from support.latent_sets import collection, committed, contents, snapshot
 from support.pictures import encoded, picture
 
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.latents import encode, quarantine
+from sdxl_core.latents import cache, encode, quarantine
 from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.engine import Engine, engine
-from sdxl_core.latents.ledger import ShardLedger
 from sdxl_core.latents.plan import plan_latents
 from sdxl_core.latents.rows import ShardRows
-from sdxl_core.latents.vae import load_encoder
+from sdxl_core.latents.vae import EncodeFunction, load_encoder
 from sdxl_core.rejected import read_rejected
 
 FORK = multiprocessing.get_context("fork")
 
 
-def run_forked(config: CacheLatentsConfig, kill_at: int | float | None = None) -> int:
+def run_forked(config: CacheLatentsConfig, kill_at: int | float | None = None, *, linger_s: float = 0) -> int:
     """cache_latents in a child of this process. Returns its exit code.
 
     Args:   kill_at: kill -9 at this file operation (int) or after these seconds (float).
+            linger_s: how long the thread that meets it waits before; the others go on.
     """
 
     def child() -> None:
@@ -48,6 +49,7 @@ def run_forked(config: CacheLatentsConfig, kill_at: int | float | None = None) -
                 if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate"):
                     seen[0] += 1
                     if seen[0] == kill_at:
+                        time.sleep(linger_s)
                         os.kill(os.getpid(), signal.SIGKILL)
 
             sys.addaudithook(audit)
@@ -67,6 +69,23 @@ def run_forked(config: CacheLatentsConfig, kill_at: int | float | None = None) -
     return process.exitcode or 0
 
 
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page to look at is half of a run's work here, and is drawn when everything else is done."""
+    monkeypatch.setattr(cache, "draw_page", lambda config, ref: config.out)
+
+
+def pooling(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
+    """Means of 8 x 8 pixels, for a VAE: where files are what is looked at."""
+
+    def encode(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        small = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), 8) / 255
+        mean = torch.cat([small, small.mean(dim=1, keepdim=True)], dim=1)
+        return mean, torch.zeros_like(mean)
+
+    return encode
+
+
 @pytest.fixture
 def quick_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory, where there is one: kills of a process do not ask what was synced."""
@@ -79,12 +98,13 @@ def quick_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("layout", ["per_image", "packed"])
 def test_killed_at_50_random_moments_a_cache_ends_like_an_undisturbed_one(
-    make_job: Any, quick_disk: Path, layout: str
+    make_job: Any, quick_disk: Path, layout: str, monkeypatch: Any
 ) -> None:
     """At most the group under way is lost to each kill, and at the end every byte is the same."""
     files = collection(12) | {"bad.png": b"x", "cut.jpg": collection()["001.jpg"][:300]}
     config = make_job(files, shard_size=8, commit_size=4, batch_size=2, layout=layout, decode_threads=1)
-    load_encoder("tiny", "float32", torch.device("cpu"))  # children find it loaded
+    load_encoder("tiny", "float32", torch.device("cpu"))  # children find what it imports
+    monkeypatch.setattr(encode, "Engine", partial(Engine, load=pooling))
     calm = config.model_copy(update={"out": quick_disk / "calm"})
     assert run_forked(calm) == 0
     rng = random.Random(f"kills {layout}")
@@ -256,26 +276,35 @@ def test_a_clock_that_jumps_changes_nothing(make_job: Any, monkeypatch: Any) -> 
     assert snapshot(config.out) == snapshot(calm.out)
 
 
-def test_at_most_one_group_is_redone(make_job: Any, monkeypatch: Any) -> None:
-    config = make_job(collection(12), shard_size=12, commit_size=3, batch_size=1)
-    commit = ShardLedger.commit
+@pytest.mark.parametrize("layout", ["per_image", "packed"])
+def test_a_kill_costs_the_encoding_of_one_group_at_most(
+    make_job: Any, quick_disk: Path, layout: str, monkeypatch: Any
+) -> None:
+    """Every picture that goes to the VAE is logged; whatever was being done when the process was killed goes on a while
+    before, so that it may encode as far ahead as it dares to."""
+    config = make_job(collection(24), shard_size=24, commit_size=6, batch_size=2, layout=layout, decode_threads=1)
+    log = quick_disk / "encoded"
 
-    def dies_at_the_third(ledger: ShardLedger, group: Any) -> None:
-        if group.number == 2:
-            raise KeyboardInterrupt
-        commit(ledger, group)
+    def load(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
+        def logged(pixels: torch.Tensor) -> Any:
+            with open(log, "a") as file:
+                file.write("".join(hashlib.sha256(image.numpy()).hexdigest() + "\n" for image in pixels))
+            return pooling(vae, dtype, device)(pixels)
 
-    monkeypatch.setattr(ShardLedger, "commit", dies_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(config)
-    assert committed(config.out) == 6
-    again: list[int] = []
+        return logged
 
-    def counted(ledger: ShardLedger, group: Any) -> None:
-        again.extend(group.rows)
-        commit(ledger, group)
-
-    monkeypatch.setattr(ShardLedger, "commit", counted)
-    cache_latents(config)
-    assert sorted(again) == list(range(6, 12))
-    assert list(json.loads((config.out / "meta_lat.json").read_text())) == list(contents(config.out))
+    load_encoder("tiny", "float32", torch.device("cpu"))  # children find what it imports
+    monkeypatch.setattr(encode, "Engine", partial(Engine, load=load))
+    rng = random.Random(f"one group {layout}")
+    most = 0
+    for number, moment in enumerate(rng.sample(range(30, 170), 8)):
+        mine = config.model_copy(update={"out": quick_disk / str(number)})
+        log.write_bytes(b"")
+        code = run_forked(mine, moment, linger_s=0.05)
+        assert run_forked(mine) == 0
+        encodings = Counter(log.read_text().splitlines())
+        twice = encodings.total() - len(encodings)
+        assert len(encodings) == 24 and twice <= 6, f"killed at file operation {moment}"
+        assert code or not twice
+        most = max(most, twice)
+    assert most >= 4, "no kill was where it costs something"

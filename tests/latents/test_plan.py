@@ -36,13 +36,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded_keys.clear()
 
     class Watched(encode.Engine):
-        def run(self, groups: Any, commit: Any) -> Any:
+        def run(self, groups: Any, *rest: Any) -> Any:
             def seen() -> Any:
                 for number, pictures in groups:
                     encoded_keys.extend(one.key for one in pictures)
                     yield number, pictures
 
-            return super().run(seen(), commit)
+            return super().run(seen(), *rest)
 
     monkeypatch.setattr(encode, "Engine", Watched)
 

@@ -7,7 +7,7 @@ are a pure function of a group's pictures, because a VAE's output depends on the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,27 +22,25 @@ from sdxl_core.images.decode import BadPicture
 from sdxl_core.latents.engine.batch_size import settled_batch_size
 from sdxl_core.latents.engine.batches import batches_of
 from sdxl_core.latents.engine.clock import Clock
-from sdxl_core.latents.engine.device import Device, Encoded, Job
+from sdxl_core.latents.engine.device import Device, Job
 from sdxl_core.latents.engine.feed import Feed, Outcome
 from sdxl_core.latents.engine.heap import keep_freed_memory
 from sdxl_core.latents.engine.prepare import Prepared, prepare
 from sdxl_core.latents.engine.records import EncodedGroup, EncodedPicture, EngineReport, Picture, Rejection
-from sdxl_core.latents.engine.writer import Writer
+from sdxl_core.latents.engine.writer import Commit, Write, Writer
 from sdxl_core.latents.formats import LatentRecord
 from sdxl_core.latents.vae import LoadFunction, load_encoder
 
 
 @dataclass(slots=True)
 class _Group:
-    """A group under way. `order`: keys in the group's order; `open_batches`: batches that are not finished."""
+    """A group under way. `order`: keys in the group's order."""
 
     number: int
     order: list[str] = field(default_factory=list)
     pictures: dict[str, EncodedPicture] = field(default_factory=dict)
     rejected: dict[str, Rejection] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    open_batches: int = 0
-    is_read: bool = False
 
     def done(self) -> EncodedGroup:
         return EncodedGroup(
@@ -69,11 +67,14 @@ class Engine:
         self._table = BucketTable.from_options(config)
 
     def run(
-        self, groups: Iterable[tuple[int, Sequence[Picture]]], commit: Callable[[EncodedGroup], None]
+        self, groups: Iterable[tuple[int, Sequence[Picture]]], commit: Commit, write: Write | None = None
     ) -> EngineReport:
         """Encode every group, and call `commit` for each in order, on a thread of its own.
 
-        `groups` is read ahead, on another thread. A picture that cannot be used is among its group's rejected.
+        `groups` is read ahead, on another thread. A picture that cannot be used is among its group's rejected. No
+        picture is encoded before the group before its own is committed.
+
+        Args:   write: called before that with each batch as soon as it is encoded, on the thread of `commit`.
         Raises: what `groups` and `commit` raise; everything committed before stays.
                 torch.OutOfMemoryError: a single picture does not fit.   ConfigError, CheckpointError: no such VAE.
         """
@@ -83,7 +84,7 @@ class Engine:
         ahead = 3 * self._threads + 2 * batch_size
         prepare_one = partial(prepare, table=self._table, options=self._config)
         with (
-            Writer(commit, clock) as writer,
+            Writer(commit, write, clock) as writer,
             Feed(groups, prepare_one, threads=self._threads, ahead=ahead, clock=clock) as feed,
             Device(self._config, self._device, self._load, batch_size=batch_size, clock=clock) as device,
         ):
@@ -91,39 +92,35 @@ class Engine:
         return clock.report(num_encoded=writer.num_encoded, num_rejected=writer.num_rejected)
 
     def _run(self, feed: Feed, device: Device, writer: Writer, batch_size: int) -> None:
-        under_way: deque[tuple[_Group, Job]] = deque()
-
-        def finish_one() -> None:
-            group, job = under_way.popleft()
-            self._keep(group, job.batch, device.finish(job))
-            group.open_batches -= 1
-            if group.is_read and not group.open_batches:
-                writer.put(group.done())
-
+        """A group's first batch waits until the group before it is committed, so that a crash costs the encoding of one
+        group and no more; reading and decoding go on meanwhile."""
         for number, pictures in feed.groups():
             group = _Group(number)
+            under_way: deque[Job] = deque()
             for batch in batches_of(_usable(pictures, group), batch_size):
-                under_way.append((group, device.submit(batch)))
-                group.open_batches += 1
-                while len(under_way) > device.in_flight:
-                    finish_one()
-            group.is_read = True
-            if not group.open_batches:
-                while under_way:  # of groups before this one
-                    finish_one()
-                writer.put(group.done())
-        while under_way:
-            finish_one()
+                if not under_way:
+                    writer.wait()
+                under_way.append(device.submit(batch))
+                if len(under_way) > device.in_flight:
+                    writer.put_batch(number, self._finish(group, device, under_way.popleft()))
+            while under_way:
+                writer.put_batch(number, self._finish(group, device, under_way.popleft()))
+            writer.put(group.done())
 
-    def _keep(self, group: _Group, batch: Sequence[Prepared], encoded: Encoded) -> None:
+    def _finish(self, group: _Group, device: Device, job: Job) -> list[EncodedPicture]:
+        """A batch's pictures, which are noted in the group as well."""
+        encoded = device.finish(job)
+        kept = []
         group.notes += encoded.notes
-        for row, item in enumerate(batch):
+        for row, item in enumerate(job.batch):
             key = item.picture.key
             if encoded.finite[row]:
-                group.pictures[key] = _picture(item, encoded.values[:, row].numpy().copy(), self._config)
+                kept.append(_picture(item, encoded.values[:, row].numpy().copy(), self._config))
+                group.pictures[key] = kept[-1]
             else:
                 detail = "the VAE gives values that are not finite, in float32 too"
                 group.rejected[key] = (key, "nan_latent", detail)
+        return kept
 
 
 def _usable(pictures: Iterator[tuple[Picture, Outcome]], group: _Group) -> Iterator[Prepared]:
