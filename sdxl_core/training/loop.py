@@ -198,7 +198,7 @@ class Run:
         self._on_main(lambda: remove_partials(self.state))
         self.watch.start(self.start)
         step, stopped = self.start, False
-        if not self._was_looked_at(step):
+        if self._any(not self._was_looked_at(step)):
             stopped = self._first_look(step, stop)
             if stopped and step == 0:  # there is nothing to save
                 return False
@@ -326,7 +326,7 @@ class Run:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             gather=self.accelerator.gather,
-            leave=lambda: self._is_asked(stop),
+            leave=lambda: self._any(stop.is_set()),
         )
         if found is None:
             return True
@@ -334,12 +334,12 @@ class Run:
         self._on_main(lambda: self.heldout.keep(found))
         return False
 
-    def _is_asked(self, stop: StopSignal) -> bool:
-        """Was any process asked to stop? All of them must call this."""
+    def _any(self, flag: bool) -> bool:
+        """Is it true of any process? All of them must call this."""
         if self.accelerator.num_processes == 1:
-            return stop.is_set()
-        flag = torch.tensor([float(stop.is_set())], device=self.accelerator.device)
-        return bool(self.accelerator.gather(flag).any())
+            return flag
+        flags = self.accelerator.gather(torch.tensor([float(flag)], device=self.accelerator.device))
+        return bool(flags.any())
 
     def _previews(self, step: int, stop: StopSignal) -> bool:
         """Of divided weights every process makes them, because every process is needed; one writes them.
@@ -347,11 +347,11 @@ class Run:
         Returns whether a process was asked to stop meanwhile.
         """
         if self.writes:
-            leave = (lambda: self._is_asked(stop)) if self.is_sharded else stop.is_set
+            leave = (lambda: self._any(stop.is_set())) if self.is_sharded else stop.is_set
             keep = self.accelerator.is_main_process
             write_previews(self.denoiser, self.config, step=step, keep=keep, leave=leave)
         self.accelerator.wait_for_everyone()
-        return self._is_asked(stop)
+        return self._any(stop.is_set())
 
     def finish(self, stop: StopSignal) -> bool:
         """Previews, the single-file checkpoint, and last the record that says all is done.
