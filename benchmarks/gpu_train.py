@@ -1,7 +1,7 @@
 """Training speed and memory on one card: our trainer's steps beside a plain loop as sd-scripts does it, in one run.
 
-    python benchmarks/gpu_train.py [--out benchmarks/gpu_train.md] [--folder DIR]      (needs no Prefect)
-    python benchmarks/gpu_train.py --preset tiny --device cpu --resolution-px 64 --steps 2 --quick --out /tmp/try.md
+    python -m benchmarks.gpu_train [--out benchmarks/gpu_train.md] [--folder DIR]      (needs no Prefect)
+    python -m benchmarks.gpu_train --preset tiny --device cpu --resolution-px 64 --steps 2 --quick --out /tmp/try.md
 
 Random weights of full size, latents of 1024 x 1024 px. Every case is a process of its own: peak memory is its own, and
 one that does not fit is a row that says so. FLOPs are counted by torch (forward once, backward twice that, once more
@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import orjson
-from full_size import make_base
+
+from benchmarks.full_size import make_base
 
 CARD_GIB = 24
 TEXTS = {"learning_rate_te1": 1e-6, "learning_rate_te2": 1e-6}
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--resolution-px", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=10, help="timed steps a case, after two that are not")
     parser.add_argument("--quick", action="store_true", help="a few of the cases only")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only cases with one of these texts in their name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/gpu_train.md"))
     parser.add_argument("--folder", type=Path, help="for temporary files, 8 GB (default: the system's)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -47,8 +49,13 @@ def main() -> None:
         options.folder = Path(folder)
         make_base(options.folder / "base.safetensors", options.preset)
         write_latents(options.folder, options.resolution_px)
-        rows = [in_a_process(case, options) for case in cases(quick=options.quick)]
+        chosen = [case for case in cases(quick=options.quick) if _is_chosen(case["name"], options.only)]
+        rows = [in_a_process(case, options) for case in chosen]
     write_result(options, rows)
+
+
+def _is_chosen(name: str, only: list[str] | None) -> bool:
+    return only is None or any(text in name for text in only)
 
 
 def cases(*, quick: bool) -> list[dict[str, Any]]:
@@ -78,8 +85,9 @@ def cases(*, quick: bool) -> list[dict[str, Any]]:
 def in_a_process(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Run a case; what went wrong becomes its row."""
     command = [
-        sys.executable, __file__, "--case", json.dumps(case), "--preset", options.preset, "--device", options.device,
-        "--resolution-px", str(options.resolution_px), "--steps", str(options.steps), "--folder", str(options.folder),
+        sys.executable, "-m", "benchmarks.gpu_train", "--case", json.dumps(case), "--preset", options.preset,
+        "--device", options.device, "--resolution-px", str(options.resolution_px), "--steps", str(options.steps),
+        "--folder", str(options.folder),
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -134,7 +142,7 @@ def matrix_rate(device: Any) -> float:
 def our_steps(fields: dict[str, Any], options: argparse.Namespace) -> Any:
     """The trainer's own step on its own data."""
     from sdxl_core.config import TrainConfig
-    from sdxl_core.training.loop import Run, make_accelerator
+    from sdxl_core.training import loop
     from sdxl_core.training.training_set import read_training_set
 
     folder = options.folder
@@ -144,7 +152,8 @@ def our_steps(fields: dict[str, Any], options: argparse.Namespace) -> Any:
         use_cpu=options.device == "cpu", **fields,
     )  # fmt: skip
     training_set = read_training_set(config)
-    run = Run(config, make_accelerator(config), training_set, training_set.plan(config))
+    loop.check_disk = lambda *_, **__: None  # type: ignore[assignment]  # nothing is saved here
+    run = loop.Run(config, loop.make_accelerator(config), training_set, training_set.plan(config))
     feed = run.batches.steps(0, run.total)
 
     class Never:
@@ -244,7 +253,7 @@ def write_result(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Non
     lines = [
         "# Training on one card",
         "",
-        f"`python benchmarks/gpu_train.py` ({time.strftime('%Y-%m-%d')}): preset {options.preset}, "
+        f"`python -m benchmarks.gpu_train` ({time.strftime('%Y-%m-%d')}): preset {options.preset}, "
         f"{options.resolution_px} px, medians of {options.steps} steps. {card}, torch {torch.__version__}, "
         f"bitsandbytes {bitsandbytes.__version__}.",
         "",

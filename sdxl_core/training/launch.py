@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +62,7 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
         (state / "outcome.json").unlink(missing_ok=True)
         (state / "progress.json").unlink(missing_ok=True)
         log = config.out / "train.log"
-        with _trainer(config, log) as process:
+        with _sigterm_as_interrupt(), _trainer(config, log) as process:
             _watch(process, state, progress)
         _raise_failure(state, log, process.returncode)
         result = read_result(config)
@@ -156,6 +158,23 @@ def _trainer(config: TrainConfig, log: Path) -> Iterator[subprocess.Popen[bytes]
         end_group(process, grace_s=grace_s(config.base_model))
         if process.stdin is not None:
             process.stdin.close()
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM to this process is Ctrl-C, so that the trainer gets to save its state; not where somebody handles it
+
+    already (Prefect does), and not outside the main thread.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def grace_s(base_model: str) -> float:

@@ -115,6 +115,21 @@ def test_interrupted_then_killed_then_finished_equals_undisturbed(config: Config
     assert finished_result(done, read_training_set(done)) is None, "an altered checkpoint is made again"
 
 
+def test_sigterm_to_the_launching_process_saves_the_state(config: Configure, tmp_path: Path) -> None:
+    """As systemd, docker and batch systems end things."""
+    run = config(max_train_steps=100_000)
+    (tmp_path / "config.json").write_text(run.model_dump_json())
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path / "config.json")])
+    try:
+        wait_until(lambda: (run.out / "state" / "progress.json").exists())
+        launcher.terminate()
+        launcher.wait(timeout=60)
+    finally:
+        launcher.kill()
+    assert not trainers(run.out) and len(saved_steps(run)) == 1
+    assert "asked to stop: state saved" in (run.out / "train.log").read_text()
+
+
 def test_trainers_end_when_the_launching_process_is_killed(config: Configure, tmp_path: Path) -> None:
     run = config(max_train_steps=100_000)
     (tmp_path / "config.json").write_text(run.model_dump_json())
