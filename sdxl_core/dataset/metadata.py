@@ -28,7 +28,7 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(data, dict):
         raise DataError(f"{path}: holds a {type(data).__name__}; metadata is one object, picture key -> entry.")
     if not data:
-        raise DataError(f"{path}: holds no picture.")
+        raise DataError(f"{path}: holds no picture. Make it again with `sdxl-flows merge-tags`, or name another.")
     check_entries(path, data)
     return data
 

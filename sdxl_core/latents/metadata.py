@@ -82,7 +82,7 @@ def blocks(path: Path) -> Iterator[Block]:
             if block.keys:
                 yield block
     if not num_entries:
-        raise DataError(f"{path}: holds no picture.")
+        raise DataError(f"{path}: holds no picture. Make it again with `sdxl-flows merge-tags`, or name another.")
 
 
 def _block(path: Path, data: bytes, layout: Layout) -> Block:

@@ -56,13 +56,16 @@ def _num_tokens(text: str, config: TrainConfig) -> int:
 
 def check_writable(config: TrainConfig) -> None:
     """Raises: DataError: nothing can be written into `out`.   ConfigError: it is a file."""
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"out = {config.out}: this is a file. Name a folder; it is made where it does not exist.")
-    with disk_errors(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writable-", dir=config.out)
-        os.close(handle)
-        os.unlink(name)
+    try:
+        if config.out.exists() and not config.out.is_dir():
+            raise ConfigError(f"out = {config.out}: this is a file. Name a folder; it is made where it does not exist.")
+        with disk_errors(config.out):
+            config.out.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".writable-", dir=config.out)
+            os.close(handle)
+            os.unlink(name)
+    except OSError as error:  # a name that is too long, a file where a folder should be, a place like /proc
+        raise DataError(f"out = {config.out}: cannot be made ({error.strerror}). Choose another folder.") from error
 
 
 def check_latents(config: TrainConfig, training_set: TrainingSet) -> None:

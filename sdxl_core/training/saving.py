@@ -118,7 +118,7 @@ def check_disk(config: TrainConfig, times: SaveTimes, *, total: int, state_bytes
         average = "" if config.ema_decay is None else ", the averaged weights of ema_decay among it"
         raise DiskFullError(
             f"{folder}: this run needs {_bytes(needed)} on the disk: {num_states} resumable states of "
-            f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}, and one more while it is written), "
+            f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}; a new one is whole before one goes), "
             f"and {num_models} model file{'s' * (num_models > 1)} of {_bytes(model_bytes)} "
             f"(keep_models = {config.keep_models or 'all'}). "
             f"{_bytes(free)} are free, {_bytes(there)} are this run's already. Free {_bytes(needed - free - there)}, "

@@ -269,7 +269,7 @@ def test_a_disk_that_cannot_hold_the_states_is_said_before_the_first_step(
     usage = saving.shutil.disk_usage("/")
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
     run = config(max_train_steps=1)
-    expected = r"needs [\d,]+ bytes.*2 resumable states of [\d,]+ bytes.*one more while it is written.*1 model file of"
+    expected = r"needs [\d,]+ bytes.*2 resumable states of [\d,]+ bytes.*keep_states = 2; a new one.*1 model file of"
     with pytest.raises(DiskFullError, match=expected) as error:
         train(run)
     assert "20,000,000 bytes (0.0 GB) are free" in str(error.value)

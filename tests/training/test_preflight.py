@@ -1,5 +1,6 @@
 """What cannot be right is told in one paragraph before a training process starts."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refusal(config: TrainConfig, kind: type[SdxlFlowsError]) -> str:
     with pytest.raises(kind) as error:
         launch_training(config)
-    assert not (config.out / "train.log").exists(), "no process was started"
+    assert not os.path.exists(config.out / "train.log"), "no process was started"
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -119,3 +120,9 @@ def test_no_permission_to_write_is_told(config: Configure, tmp_path: Path, monke
     (tmp_path / "file").write_text("")
     monkeypatch.undo()
     assert "this is a file" in refusal(config(out=tmp_path / "file"), ConfigError)
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 300, "/proc/run"])
+def test_an_out_folder_that_cannot_be_made_is_told(config: Configure, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be made (" in refusal(config(out=tmp_path / name), DataError)

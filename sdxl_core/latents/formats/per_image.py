@@ -214,7 +214,10 @@ def _wanted_names(names: set[str]) -> dict[str, str]:
 def _record(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> LatentRecord:
     latents, size, crop = arrays["latents"], arrays["original_size"], arrays["crop_ltrb"]
     if latents.ndim != 3 or latents.shape[0] != 4 or size.shape != (2,) or crop.shape != (4,):
-        raise ShardError(f"{path}: its arrays are not SDXL latents (latents are {latents.shape}). Delete it and rerun.")
+        raise ShardError(
+            f"{path}: its arrays are not SDXL latents (latents are {latents.shape}). Delete it and rerun; where all "
+            f"are like that, they are another model's: run cache-latents with SDXL's VAE into another folder."
+        )
     others = {name: arrays.get(name) for name in OPTIONAL}
     height_px, width_px = 8 * latents.shape[1], 8 * latents.shape[2]
     for name, array in others.items():
