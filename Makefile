@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: setup demo up test test-system bench-full-size lint format clean
+.PHONY: setup demo up test test-system bench-chaos bench-full-size lint format clean
 
 setup: .venv/.ready
 
@@ -23,6 +23,9 @@ test: setup
 
 test-system: setup
 	$(BIN)/python -m pytest -m system tests/system
+
+bench-chaos: setup
+	$(BIN)/python benchmarks/chaos.py --table benchmarks/chaos.table.md
 
 bench-full-size: setup
 	$(BIN)/python benchmarks/full_size.py --out benchmarks/full_size.md

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import UUID
 
+import orjson
 from prefect import get_run_logger, runtime
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -17,6 +19,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
 from prefect.events import emit_event
 
 from sdxl_core.config import CacheLatentsConfig
@@ -127,13 +130,28 @@ def show_page(path: Path, *, key: str, title: str) -> None:
 
 @never_failing("the failed shards")
 def show_failed_shards(reasons: dict[int, str], *, num_shards: int) -> None:
-    """A row a shard that failed for good. Args: reasons: by the shard's number."""
-    create_table_artifact(
-        key="failed-shards",
-        table=[{"shard": number, "reason": reason} for number, reason in reasons.items()],
-        description=f"{len(reasons)} of {num_shards} shards failed, the others are finished and kept. Retry (the menu "
-        f"of the run, top right) works on these alone.",
+    """Each shard that failed for good with its reason, and a link that works on these alone.
+
+    Args: reasons: by the shard's number.
+    """
+    lines = [f"# {len(reasons)} of {num_shards} shards failed", "", "The others are finished and kept.", ""]
+    lines += [f"* shard {number}: {reason}" for number, reason in reasons.items()]
+    link = _run_again_link()
+    again = f"[start these shards again]({link})" if link else "start the same run again"
+    lines += ["", f"Mend what the reasons say, then {again}: finished shards are answered as `Cached`."]
+    create_markdown_artifact(
+        key="failed-shards", markdown="\n".join(lines), description=f"{len(reasons)} of {num_shards} shards failed"
     )
+
+
+def _run_again_link() -> str:
+    """The form of the run that a person or a schedule has started, filled in as it was; "" without a deployment."""
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(str(runtime.flow_run.root_flow_run_id)))
+    if run.deployment_id is None:
+        return ""
+    parameters = quote(quote(orjson.dumps(run.parameters).decode(), safe=""), safe="")  # twice, as Prefect's page does
+    return f"/deployments/deployment/{run.deployment_id}/run?parameters={parameters}"
 
 
 @never_failing("a result")

@@ -32,6 +32,9 @@ WORDS: dict[Occasion, str] = {
     "failed": "has failed",
     "stuck": "makes no progress",
 }
+# The server fires before it notes that it has; where it then fails ("database is locked") it evaluates the same event
+# anew. With a time to stay within, it notes when it may fire next, and that is after this event.
+ONCE_WITHIN = timedelta(seconds=10)
 BODY = (
     "{{ flow_run.name }} of {{ flow.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message or '' }}\n"
     "{{ flow_run|ui_url }}"
@@ -77,6 +80,7 @@ def _ended(run: UUID, occasion: Occasion) -> EventTrigger:
         for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,
+        within=ONCE_WITHIN,
     )
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -20,17 +20,28 @@ from flows.service.deploy import POOL, ROOT, deploy, is_healthy
 from flows.service.record import read_record, remove_record, service_folder, write_record
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 from sdxl_core.processes import end_group
+from tasks.curves import CURVES_FOLDER, CURVES_URL
 
 START_TIMEOUT_S = 180.0
 WORKER_GRACE_S = 20.0
+LONG_LIFE_S = 600.0  # a child that lived so long did not end because it cannot start
+DATABASE_VARIABLE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+SERVER = ("-m", "prefect", "server", "start")
+WORKER = ("-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--install-policy", "never")
+TENSORBOARD = ("-m", "tensorboard.main", "--host", "127.0.0.1", "--reload_interval", "10")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def up(*, host: str, port: int, detach: bool) -> None:
+def up(*, host: str, port: int, detach: bool, curves_port: int, database_url: str) -> None:
     """Run the service until Ctrl-C, or leave it running (`detach`).
 
-    Raises: ConfigError: it runs already, the port is taken, or the host would expose it without a password.
+    Args:   curves_port: of TensorBoard, on loopback; 0: none.
+            database_url: of the server's database; "": as the environment says, else SQLite in $PREFECT_HOME.
+    Raises: ConfigError: it runs already, the port is taken, the host would expose it without a password, or the
+            database's address cannot be right.
     """
+    if database_url:
+        os.environ[DATABASE_VARIABLE] = connection_url(database_url)
     running = read_record()
     if running is not None:
         raise ConfigError(f"it runs already: {running.url} (process {running.pid}). `sdxl-flows down` ends it.")
@@ -39,22 +50,47 @@ def up(*, host: str, port: int, detach: bool) -> None:
             f"--host {host} would let anyone on the network start jobs here. Set PREFECT_SERVER_API_AUTH_STRING and "
             f"PREFECT_API_AUTH_STRING to 'user:password' first, or keep 127.0.0.1 and use an SSH tunnel."
         )
+    reason = _why_not_free(host, port)
+    if reason:
+        raise ConfigError(f"port {port} on {host} cannot be used: {reason}. Choose another --port.")
+    if detach:
+        _detach(host, port, curves_port)
+    else:
+        _supervise(host, port, curves_port)
+
+
+def _why_not_free(host: str, port: int) -> str:
+    """What the system says against listening there, "" where nothing does."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"port {port} on {host} cannot be used: {error.strerror}. Choose another --port."
-            ) from error
-    if detach:
-        _detach(host, port)
-    else:
-        _supervise(host, port)
+            return error.strerror or str(error)
+    return ""
 
 
-def _detach(host: str, port: int) -> None:
+def connection_url(text: str) -> str:
+    """A database's address as Prefect wants it: with the driver's name.   Raises: ConfigError: neither of the two."""
+    scheme, separator, rest = text.partition("://")
+    drivers = {
+        "postgres": "postgresql+asyncpg",
+        "postgresql": "postgresql+asyncpg",
+        "postgresql+asyncpg": "postgresql+asyncpg",
+        "sqlite": "sqlite+aiosqlite",
+        "sqlite+aiosqlite": "sqlite+aiosqlite",
+    }
+    if not separator or scheme not in drivers:
+        raise ConfigError(
+            f"--database-url: {scheme}:// is no database that Prefect has. Write "
+            f"postgresql://user:password@host:5432/name, or leave it out for SQLite."
+        )
+    return f"{drivers[scheme]}://{rest}"
+
+
+def _detach(host: str, port: int, curves_port: int) -> None:
     command = [sys.executable, "-m", "sdxl_core.cli", "up", "--host", host, "--port", str(port)]
+    command += ["--tensorboard-port", str(curves_port)]
     log = service_folder() / "up.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as output:
@@ -70,42 +106,47 @@ def _detach(host: str, port: int) -> None:
     raise SdxlFlowsError(f"the service did not start. Its last words:\n{_tail(log)}")
 
 
-def _supervise(host: str, port: int) -> None:
+def _supervise(host: str, port: int, curves_port: int) -> None:
     url = f"http://{host}:{port}"
     environment = os.environ | {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
     signal.signal(signal.SIGTERM, _interrupt)
     write_record(url=url, ready=False)
-    server_command = ["-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
-    worker_command = [
-        "-m",
-        "prefect",
-        "worker",
-        "start",
-        "--pool",
-        POOL,
-        "--type",
-        "process",
-        "--install-policy",
-        "never",
-    ]
+    server_command = [*SERVER, "--host", host, "--port", str(port)]
     try:
-        print(f"starting the Prefect server on {url} …", flush=True)
-        with _child("server", server_command, environment) as server:
+        with ExitStack() as children:
+            print(f"starting the Prefect server on {url} …", flush=True)
+            server = children.enter_context(_child("server", server_command, environment))
             _wait_healthy(url, server)
             print("deploying the flows …", flush=True)
             deploy(url, environment)
             print("starting a worker …", flush=True)
-            with _child("worker", worker_command, environment) as worker:
-                write_record(url=url, ready=True)
-                print(
-                    f"\n  open {url}/deployments   (Ctrl-C ends server and worker; logs in {service_folder()})",
-                    flush=True,
-                )
-                _keep_alive([("server", server_command, server), ("worker", worker_command, worker)], environment)
+            environment |= _curves_environment(curves_port)
+            supervised = [server, children.enter_context(_child("worker", list(WORKER), environment))]
+            if CURVES_URL in environment:
+                command = [*TENSORBOARD, "--port", str(curves_port), "--logdir", environment[CURVES_FOLDER]]
+                supervised.append(children.enter_context(_child("tensorboard", command, environment)))
+            write_record(url=url, ready=True)
+            print(f"\n  open {url}/deployments   (Ctrl-C ends it all; logs in {service_folder()})", flush=True)
+            if CURVES_URL in environment:
+                print(f"  curves of what is trained: {environment[CURVES_URL]}", flush=True)
+            _keep_alive(supervised)
     except KeyboardInterrupt:
         print("\nended: server and worker are down; runs continue when they are started again.")
     finally:
         remove_record()
+
+
+def _curves_environment(port: int) -> dict[str, str]:
+    """What tells runs where their curves are shown; {} where TensorBoard is not wanted or its port is taken."""
+    if not port:
+        return {}
+    reason = _why_not_free(LOOPBACK[0], port)
+    if reason:
+        print(f"port {port} cannot be used ({reason}): no TensorBoard. Choose another --tensorboard-port.", flush=True)
+        return {}
+    folder = service_folder() / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {CURVES_URL: f"http://{LOOPBACK[0]}:{port}", CURVES_FOLDER: str(folder)}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -115,32 +156,34 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 class Child:
     """A supervised process; `process` is replaced when it has died and was started again."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
+    def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
+        self.name, self._command, self._environment = name, command, environment
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.started_s = time.monotonic()
+        log = service_folder() / f"{self.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:  # a file, never a pipe: the server dies of a pipe that nobody reads
+            self.process = subprocess.Popen(
+                [sys.executable, *self._command],
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        return self.process
 
 
 @contextmanager
 def _child(name: str, command: list[str], environment: dict[str, str]) -> Iterator[Child]:
-    child = Child(_start(name, command, environment))
+    child = Child(name, command, environment)
     try:
         yield child
     finally:
         end_group(child.process, grace_s=WORKER_GRACE_S)
-
-
-def _start(name: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    log = service_folder() / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:  # a file, never a pipe: the server dies of a pipe that nobody reads
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
 
 
 def _wait_healthy(url: str, server: Child) -> None:
@@ -158,20 +201,25 @@ def _wait_healthy(url: str, server: Child) -> None:
     )
 
 
-def _keep_alive(children: list[tuple[str, list[str], Child]], environment: dict[str, str]) -> None:
-    """Start a child again when it has ended, after a pause that doubles from 1 s to 60 s while it keeps ending."""
-    pause_s = dict.fromkeys((name for name, _, _ in children), 1.0)
+def _keep_alive(children: list[Child]) -> None:
+    """Start a child again when it has ended, after a pause that doubles from 1 s to 60 s while it ends soon."""
+    pause_s = dict.fromkeys((child.name for child in children), 1.0)
+    due: dict[str, float] = {}  # those that have ended: when they are started again
     while True:
-        time.sleep(1)
-        for name, command, child in children:
-            if child.process.poll() is None:
+        time.sleep(0.5)
+        for child in children:
+            name, status, now = child.name, child.process.poll(), time.monotonic()
+            if status is None:
                 continue
-            print(
-                f"the {name} ended ({child.process.returncode}); starting it again in {pause_s[name]:.0f} s", flush=True
-            )
-            time.sleep(pause_s[name])
-            pause_s[name] = min(60.0, 2 * pause_s[name])
-            child.process = _start(name, command, environment)
+            if name not in due:
+                if now - child.started_s > LONG_LIFE_S:
+                    pause_s[name] = 1.0
+                due[name] = now + pause_s[name]
+                print(f"the {name} ended ({status}); starting it again in {pause_s[name]:.0f} s", flush=True)
+            elif now >= due[name]:
+                del due[name]
+                pause_s[name] = min(60.0, 2 * pause_s[name])
+                child.start()
 
 
 def _tail(path: Path, num_lines: int = 15) -> str:

@@ -20,6 +20,14 @@ def add_service(commands: Any) -> None:
     up.add_argument("--port", type=int, default=4200, help="(default: 4200)")
     up.add_argument("--detach", action="store_true", help="leave it running in the background")
     up.add_argument(
+        "--database-url", default="", metavar="URL",
+        help="postgresql://user:password@host:port/name, for several workers and long runs; left out: SQLite (the "
+        "environment's PREFECT_SERVER_DATABASE_CONNECTION_URL does the same, and shows the password to no `ps`)",
+    )  # fmt: skip
+    up.add_argument(
+        "--tensorboard-port", type=int, default=6006, metavar="PORT", help="on 127.0.0.1; 0: none (default: 6006)"
+    )
+    up.add_argument(
         "--data-root", type=Path, action="append", default=[], metavar="DIR", dest="data_roots",
         help="runs may only name paths below this folder; may be given repeatedly (docs/security.md)",
     )  # fmt: skip
@@ -36,7 +44,10 @@ def service() -> Any:
 def _up(options: argparse.Namespace) -> None:
     if options.data_roots:
         os.environ[ROOTS_VARIABLE] = os.pathsep.join(str(root.resolve()) for root in options.data_roots)
-    service().up(host=options.host, port=options.port, detach=options.detach)
+    service().up(
+        host=options.host, port=options.port, detach=options.detach, curves_port=options.tensorboard_port,
+        database_url=options.database_url,
+    )  # fmt: skip
 
 
 def add_lineage(commands: Any) -> None:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ class Service:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.folder = folder
+        self.folder, self.database_url = folder, ""
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "prefect"),
             "SDXL_FLOWS_HOME": str(folder / "home"),
@@ -58,6 +59,14 @@ class Service:
             return state if is_there else None
 
         return wait_until(look, timeout_s=timeout_s, what=f"state {name} of run {run}")
+
+    def answers(self) -> bool:
+        """Whether the server does."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
 
     def client(self) -> Any:
         """A client of this service's server."""

@@ -4,15 +4,53 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from support.postgres import missing, postgres
 from support.service import Service
+from support.system_runs import latents_config, latents_of
+
+from sdxl_core.demo import draw_samples
+from sdxl_core.latents.cache import cache_latents
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(tmp_path_factory.mktemp("service"))
-    started = service.command("up", "--detach", "--port", str(service.port))
+    with running(tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def postgres_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    if missing():
+        pytest.skip(missing())
+    with postgres() as url, running(tmp_path_factory.mktemp("service"), "--database-url", url) as service:
+        service.database_url = url
+        yield service
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collection") / "pictures"
+    draw_samples(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What `latents_config` makes of the pictures when nobody disturbs it."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    cache_latents(latents_config(pictures, out))
+    return latents_of(out)
+
+
+@contextmanager
+def running(folder: Path, *options: str) -> Iterator[Service]:
+    """`sdxl-flows up` in the folder, and the proof that nothing of it is left afterwards."""
+    service = Service(folder)
+    started = service.command("up", "--detach", "--port", str(service.port), *options)
     try:
         assert started.returncode == 0, started.stdout + started.stderr
         yield service

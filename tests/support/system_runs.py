@@ -1,0 +1,82 @@
+"""Runs on a real service: what they are asked to do, what they leave, and how they are cancelled."""
+
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from support.run_processes import in_role, processes_of
+from support.service import Service, wait_until
+
+from sdxl_core.config import CacheLatentsConfig, MergeTagsConfig
+from sdxl_core.merge.plan import merge_tags
+
+SMALL = {"resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256, "devices": "cpu"}
+
+
+def latents_config(pictures: Path, out: Path, **changed: Any) -> CacheLatentsConfig:
+    """Enough work for half a minute on two slots, committed every four pictures."""
+    merge_tags(MergeTagsConfig(source=pictures, out=out / "meta_cap_dd.json"))
+    options = {"resolution_px": 768, "shard_size": 25, "commit_size": 4, "devices": "cpu,cpu"} | changed
+    return CacheLatentsConfig.model_validate(
+        {"source": pictures, "metadata": out / "meta_cap_dd.json", "out": out} | options
+    )
+
+
+def parameters(config: Any) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json", exclude_defaults=True)}
+
+
+def latents_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "latents").glob("*.npz")}
+
+
+def begun(out: Path) -> int:
+    """How many latents are committed."""
+    return len(list((out / "latents").glob("*.npz")))
+
+
+def states_of(service: Service, run: UUID) -> list[Any]:
+    with service.client() as client:
+        return sorted(client.read_flow_run_states(run), key=lambda state: state.timestamp)
+
+
+def names_of(service: Service, run: UUID) -> list[str]:
+    return [state.name for state in states_of(service, run)]
+
+
+def task_runs_of(service: Service, run: UUID) -> list[Any]:
+    """The task runs of a flow run, once the server has all their ends: it learns of them seconds later."""
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    def look() -> list[Any] | None:
+        with service.client() as client:
+            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
+        return list(runs) if runs and all(task.state is not None and task.state.is_final() for task in runs) else None
+
+    return wait_until(look, timeout_s=60, what="the ends of the task runs")
+
+
+def task_states_of(service: Service, task_run: UUID) -> list[Any]:
+    """In the order of time."""
+    with service.client() as client:
+        return sorted(client.read_task_run_states(task_run), key=lambda state: state.timestamp)
+
+
+def role_of(run: UUID, role: str) -> set[int]:
+    """The processes of a run that are its flow, its slots or its trainers."""
+    return in_role(role, processes_of(run))
+
+
+def cancel(service: Service, run: UUID) -> float:
+    """Cancel through the API, as the browser does. Returns the seconds until no process of the run is left."""
+    from prefect.states import Cancelling
+
+    assert len(processes_of(run)) >= 2, "neither slots nor trainer at work"
+    started = time.monotonic()
+    with service.client() as client:
+        client.set_flow_run_state(run, Cancelling())
+    wait_until(lambda: not processes_of(run), timeout_s=60, what="end of the run's processes")
+    seconds = time.monotonic() - started
+    service.wait_for(run, "Cancelled")
+    return seconds
