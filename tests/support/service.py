@@ -27,6 +27,7 @@ class Service:
             "PREFECT_HOME": str(folder / "prefect"),
             "SDXL_FLOWS_HOME": str(folder / "home"),
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
         }
 
     def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
