@@ -31,7 +31,7 @@ from sdxl_core.training.launch import launch_training
 
 pytestmark = pytest.mark.system
 CANCELLED_WITHIN_S = 10
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 
 def kill(pids: set[int]) -> None:
