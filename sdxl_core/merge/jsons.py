@@ -12,12 +12,13 @@ import mmap
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ import numpy as np
 from sdxl_core.config import MergeJsonConfig
 from sdxl_core.dataset import forked
 from sdxl_core.errors import ConfigError, DataError
-from sdxl_core.files import atomic_writer, remove_stale_partials
+from sdxl_core.files import atomic_writer, remove_stale_partials, start_writing
 from sdxl_core.merge.shards import refuse_foreign
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import MetadataRef
@@ -33,6 +34,7 @@ from sdxl_core.rejected import Rejected, update_rejected
 
 STAGE = "merge-json"
 BLOCK_BYTES = 1 << 19  # fits a core's own cache: blocks of 4 MiB take 1.6 times the cpu time
+MIN_HASHED_ASIDE = 1 << 16  # handing less to the other thread costs more than hashing it
 _ENTRY = re.compile(rb'(?m:^)  "')  # where an entry begins, in the layout of json.dumps(indent=2)
 
 
@@ -103,13 +105,24 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
 
 def _write(out: Path, sources: Iterable[_Checked], joiner: _Joiner) -> _Joiner:
     """Raises: DataError: there is no entry in any source."""
-    with atomic_writer(out) as file:
-        for piece in joiner.pieces(sources):
+    with atomic_writer(out) as file, ThreadPoolExecutor(1) as hasher:
+        for piece in joiner.pieces(_each_then_to_disk(sources, file)):
+            if len(piece) < MIN_HASHED_ASIDE:
+                joiner.digest.update(piece)
+                file.write(piece)
+                continue
+            hashed = hasher.submit(joiner.digest.update, piece)  # hashing and writing take about as long
             file.write(piece)
-            joiner.digest.update(piece)
+            hashed.result()
         if joiner.is_empty:
             raise DataError(f"{joiner.first}: there is no picture in it, nor in the others.")
     return joiner
+
+
+def _each_then_to_disk(sources: Iterable[_Checked], file: BinaryIO) -> Iterator[_Checked]:
+    for source in sources:
+        yield source
+        start_writing(file)
 
 
 class _KeyComesAgain(Exception):
