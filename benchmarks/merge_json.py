@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from measure import Cost, cost_of, machine
+from measure import Cost, cost_of, free_cores, machine
 
 NUM_SHARDS = 16
 RIVAL = """
@@ -42,6 +43,8 @@ def main() -> None:
 
 def compare(folder: Path, size: int, repeats: int) -> None:
     shards = make_shards(folder, size)
+    os.sync()
+    free_before = free_cores()
     theirs: list[Cost] = []
     ours: list[Cost] = []
     for _ in range(repeats):
@@ -68,6 +71,7 @@ def compare(folder: Path, size: int, repeats: int) -> None:
         f"| {a['private_mib']:.0f} | {b['private_mib']:.0f} |",
         flush=True,
     )
+    print(f"\n{size}: free cores before {free_before:.2f}, after {free_cores():.2f}\n", file=sys.stderr)
 
 
 def make_shards(folder: Path, size: int) -> list[str]:

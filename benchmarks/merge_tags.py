@@ -23,6 +23,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from measure import free_cores
+
 RIVAL = """
 import json
 from pathlib import Path
@@ -126,6 +128,7 @@ def compare(folder: Path, num_images: int, repeats: int) -> None:
     for code in contenders.values():  # warm the page cache and the bytecode
         measure(code, folder / "in", folder / "warm" / "out.json")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    free_before = free_cores()
     for _ in range(repeats):
         for name, code in contenders.items():
             if name == "listing and reading alone":
@@ -152,7 +155,7 @@ def compare(folder: Path, num_images: int, repeats: int) -> None:
             f"{statistics.median(ratios['cpu_s']):.1f} | {middle['rss_mib']:.0f} |",
             flush=True,
         )
-    print(f"\nload after: {os.getloadavg()[0]:.1f}\n", file=sys.stderr)
+    print(f"\n{num_images}: free cores before {free_before:.2f}, after {free_cores():.2f}\n", file=sys.stderr)
 
 
 def make_collection(folder: Path, num_images: int) -> None:
