@@ -48,6 +48,7 @@ def compare(folder: Path, size: int, repeats: int) -> None:
     theirs: list[Cost] = []
     ours: list[Cost] = []
     for _ in range(repeats):
+        os.sync()  # neither waits for what the other left to be written
         theirs.append(cost_of([sys.executable, "-c", RIVAL, f"{folder}/theirs.json", *shards]))
         command = [
             sys.executable,
@@ -59,6 +60,7 @@ def compare(folder: Path, size: int, repeats: int) -> None:
             "--sources",
             *shards,
         ]
+        os.sync()
         ours.append(cost_of(command))
     assert (folder / "theirs.json").read_bytes() == (folder / "ours.json").read_bytes()
     a, b = (

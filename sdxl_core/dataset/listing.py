@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
+from sdxl_core.dataset.names import Names
 from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import digest_of
 from sdxl_core.refs import SourceRef
@@ -20,7 +20,7 @@ from sdxl_core.rejected import Rejected
 from sdxl_core.roots import data_roots, is_allowed
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
-NAMES_A_CHUNK = 4_096
+ENTRIES_AT_ONCE = 4_096
 
 
 class ImageFile(NamedTuple):
@@ -34,40 +34,6 @@ class ImageFile(NamedTuple):
     def key(self) -> str:
         """Path below the source without the last extension."""
         return key_of(self.name)
-
-
-@dataclass(slots=True)
-class Names:
-    """Many names in order, joined as UTF-8 by some thousands: a few bytes a name more than they are written with."""
-
-    _chunks: list[bytes] = field(default_factory=list)
-    _ends: list[int] = field(default_factory=list)  # how many names are in a chunk and in those before
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> Self:
-        packed = cls()
-        for start in range(0, len(names), NAMES_A_CHUNK):
-            packed.add(names[start : start + NAMES_A_CHUNK])
-        return packed
-
-    def add(self, names: Sequence[str]) -> None:
-        if names:
-            self._chunks.append("\0".join(names).encode("utf-8", "surrogateescape"))
-            self._ends.append(len(self) + len(names))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __iter__(self) -> Iterator[str]:
-        return chain.from_iterable(chunk.decode("utf-8", "surrogateescape").split("\0") for chunk in self._chunks)
-
-    def part(self, start: int, stop: int) -> list[str]:
-        """The names from `start` to before `stop`."""
-        first = bisect_right(self._ends, start)
-        last = bisect_left(self._ends, stop) + 1
-        names = list(Names(self._chunks[first:last], self._ends[first:last]))
-        before = self._ends[first - 1] if first else 0
-        return names[start - before : stop - before]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +61,12 @@ class NameListing:
         """`text_names`, made anew each time."""
         return frozenset(self.text_names)
 
-    def may_have(self, keys: Sequence[str], extension: str) -> list[bool]:
+    def may_have(self, names: Sequence[str], extension: str) -> Sequence[bool]:
         """For each picture whether its text may be opened to see if it is there."""
         if self.has_odd_texts:
             texts = self.texts
-            return [key + extension in texts for key in keys]
-        return [extension in self.text_endings] * len(keys)
+            return [key + extension in texts for key in keys_of(names)]
+        return [extension in self.text_endings] * len(names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,20 +106,21 @@ def list_names(source: Path, *, recursive: bool, stage: str, text_extensions: tu
         raise DataError(f"{source}: no pictures in {where}. Looked for {', '.join(IMAGE_EXTENSIONS)}, in any case.")
     rejected = [
         Rejected(stage=stage, key=_shown(name), reason="not_a_file", detail="a link to nothing, or no regular file")
-        for name in _in_order(scan.dangling)
+        for name in Names.of(scan.dangling).in_order()
     ]
     rejected += [
         Rejected(stage=stage, key=_shown(name), reason="outside_roots", detail="a link out of the data roots")
-        for name in _in_order(scan.outside)
+        for name in Names.of(scan.outside).in_order()
     ]
-    names = _in_order(scan.images)
-    spelled_well = all(map(str.isascii, names)) or all(map(_is_utf8, names))
-    if not spelled_well or _may_share_stems(names):
-        names, refused = _without_refused(names, stage)
+    names = scan.images.in_order()
+    del scan.images
+    doubled = _doubled_keys(names)
+    if doubled or not (all(map(str.isascii, names)) or all(map(_is_utf8, names))):
+        names, refused = _without_refused(names, stage, doubled)
         rejected += refused
     return NameListing(
         source=source,
-        names=Names.of(names),
+        names=names,
         rejected=tuple(rejected),
         text_names=scan.texts,
         text_endings=scan.text_endings,
@@ -167,23 +134,25 @@ def keys_of(names: Sequence[str]) -> list[str]:
     return [stem if stem and stem[-1] != "/" else name for stem, name in zip(stems, names, strict=True)]
 
 
-def _may_share_stems(names: Sequence[str]) -> bool:
-    """False: no two pictures have one key. 64-bit hashes are compared, 8 bytes a picture."""
-    extension = names[0][names[0].rfind(".") :] if names else ""
-    if all(map(str.endswith, names, repeat(extension))):
-        return False
-    hashes = np.fromiter((hash(name.rpartition(".")[0]) for name in names), np.int64, len(names))
+def _doubled_keys(names: Names) -> frozenset[int]:
+    """Hashes of the keys that more than one picture may have. 64-bit hashes are compared, 8 bytes a picture."""
+    first = next(iter(names), "")
+    extension = first[first.rfind(".") :]
+    if all(map(str.endswith, names, repeat(extension))) and not names.has_last_part(extension):
+        return frozenset()  # names differ, and so do they without the same ending
+    hashes = np.fromiter((hash(key_of(name)) for name in names), np.int64, len(names))
     hashes.sort()
-    return bool((hashes[1:] == hashes[:-1]).any())
+    return frozenset(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
-def _without_refused(names: Sequence[str], stage: str) -> tuple[list[str], list[Rejected]]:
-    """The names that can be used, and why the others cannot."""
-    used: list[str] = []
+def _without_refused(names: Names, stage: str, doubled: frozenset[int]) -> tuple[Names, list[Rejected]]:
+    """The names that can be used, and why the others cannot. `doubled`: as `_doubled_keys` gives them."""
+    used = Names()
     refused: list[Rejected] = []
     owner: dict[str, str] = {}
-    for name, key in zip(names, keys_of(names), strict=True):
-        first = owner.setdefault(key, name)
+    for name in names:
+        key = key_of(name)
+        first = owner.setdefault(key, name) if hash(key) in doubled else name
         if not (name.isascii() or _is_utf8(name)):
             detail = "the file name is not valid UTF-8; rename the file"
             refused.append(Rejected(stage=stage, key=_shown(name), reason="bad_file_name", detail=detail))
@@ -191,7 +160,7 @@ def _without_refused(names: Sequence[str], stage: str) -> tuple[list[str], list[
             detail = f"{name} shares its name with {first}, which is used"
             refused.append(Rejected(stage=stage, key=name, reason="duplicate_key", detail=detail))
         else:
-            used.append(name)
+            used.add([name])
     return used, refused
 
 
@@ -205,7 +174,7 @@ def list_images(source: Path, *, recursive: bool, stage: str, text_extensions: t
 def scan_images(source: Path) -> list[ImageFile]:
     """Every picture below a folder in sd-scripts' order, without any check of names. Raises as `list_names`."""
     _check_source(source)
-    return _with_sizes(source, _in_order(_scan(source, recursive=True, text_extensions=()).images))
+    return _with_sizes(source, _scan(source, recursive=True, text_extensions=()).images.in_order())
 
 
 def key_of(name: str) -> str:
@@ -218,7 +187,7 @@ class _Scan:
     """What a walk has found so far; names are POSIX paths below the source."""
 
     def __init__(self, text_extensions: tuple[str, ...]) -> None:
-        self.images: list[str] = []
+        self.images = Names()
         self.dangling: list[str] = []
         self.outside: list[str] = []
         self.texts = Names()
@@ -226,7 +195,6 @@ class _Scan:
         self._roots = data_roots()
         self._extensions = text_extensions
         self._endings: set[str] = set()
-        self._new_texts: list[str] = []
 
     @property
     def text_endings(self) -> frozenset[str]:
@@ -238,7 +206,7 @@ class _Scan:
         images = [name for name in names if name.endswith(IMAGE_EXTENSIONS)]
         if len(texts) + len(images) != len(names):
             images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
-        self.images += [prefix + name for name in images] if prefix else images
+        self.images.add([prefix + name for name in images] if prefix else images)
         self.add_texts([prefix + name for name in texts] if prefix else texts)
 
     def add_odd(self, prefix: str, entry: os.DirEntry[str]) -> bool:
@@ -251,7 +219,7 @@ class _Scan:
         elif _leads_nowhere(entry):
             self.dangling += [prefix + name] * is_image
         elif entry.is_file():
-            self.images += [prefix + name] * is_image
+            self.images.add([prefix + name] * is_image)
             self.add_texts([prefix + name] * (is_text and not is_image))
         elif entry.is_dir():
             return True
@@ -260,16 +228,10 @@ class _Scan:
         return False
 
     def add_texts(self, names: Sequence[str]) -> None:
-        self._new_texts += names
+        self.texts.add(names)
         for extension in self._extensions:
             if extension not in self._endings and any(map(str.endswith, names, repeat(extension))):
                 self._endings.add(extension)
-        if len(self._new_texts) >= NAMES_A_CHUNK // 2:
-            self.pack()
-
-    def pack(self) -> None:
-        self.texts.add(self._new_texts)
-        self._new_texts.clear()
 
 
 def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) -> _Scan:
@@ -293,7 +255,7 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 continue
             visited.add((status.st_dev, status.st_ino))
             with os.scandir(source / prefix) as entries:
-                while some := list(islice(entries, NAMES_A_CHUNK)):
+                while some := list(islice(entries, ENTRIES_AT_ONCE)):
                     names = [entry.name for entry in some if entry.is_file(follow_symlinks=False)]
                     scan.add_files(prefix, names)
                     if len(names) == len(some):
@@ -306,7 +268,6 @@ def _scan(source: Path, *, recursive: bool, text_extensions: tuple[str, ...]) ->
                 f"{source / prefix}: this folder cannot be read ({error.strerror}), so its pictures are unknown. "
                 f"Change its permissions, or move it out of {source}."
             ) from error
-    scan.pack()
     return scan
 
 
@@ -319,15 +280,6 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
             return True
         raise
     return False
-
-
-def _in_order(names: list[str]) -> list[str]:
-    """Sorted in place by path parts: `b/1` comes before `b-c/1`, though "-" sorts before "/"."""
-    if any("/" in name for name in names):
-        names.sort(key=lambda name: name.replace("/", "\0"))  # what sorts before all a name may have
-    else:
-        names.sort()
-    return names
 
 
 def _with_sizes(source: Path, names: Iterable[str]) -> list[ImageFile]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from pathlib import Path
 
 MAX_TEXT_BYTES = 1_000_000
+LAST_NS = (1 << 63) - 1
 _READ_BYTES = 16_384
 _AT_ONCE_BYTES = 1 << 22
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -27,7 +28,12 @@ class UnreadableText(ValueError):
         return UnreadableText(self.reason, f"{name} {self}")
 
 
-def read_text(path: Path | str, states: list[int] | None = None) -> str:
+def state_of(status: os.stat_result) -> tuple[int, int]:
+    """A file's size in bytes and mtime_ns, as they fit into 64 bits: file systems can tell years behind 2262."""
+    return status.st_size, min(status.st_mtime_ns, LAST_NS)
+
+
+def read_text(path: Path | str, states: MutableSequence[int] | None = None) -> str:
     """A text file as sd-scripts reads it: UTF-8, universal newlines, stripped; a byte-order mark is removed.
 
     Args:   states: receives the file's size in bytes and mtime_ns as they are before it is read.
@@ -38,7 +44,7 @@ def read_text(path: Path | str, states: list[int] | None = None) -> str:
         num_wanted = _READ_BYTES
         if states is not None:
             status = os.fstat(handle)
-            states += (status.st_size, status.st_mtime_ns)
+            states.extend(state_of(status))
             num_wanted = min(status.st_size, MAX_TEXT_BYTES) + 1  # the end is seen by what is not there
         data = os.read(handle, num_wanted)
         if len(data) == num_wanted:
@@ -82,6 +88,8 @@ def read_plain_texts(paths: Sequence[str], *, ahead: bool) -> tuple[list[str | N
         _close_all(handles)
     states = [0] * (2 * len(found))
     states[::2], states[1::2] = sizes, [status.st_mtime_ns for status in found]
+    if max(states, default=0) > LAST_NS:
+        states = [min(number, LAST_NS) for number in states]
     for place in absent:
         texts.insert(place, None)
         states[2 * place : 2 * place] = (-1, -1)

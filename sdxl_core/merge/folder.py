@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+from array import array
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import orjson
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
 from sdxl_core.dataset.listing import NameListing, key_of, keys_of, list_names
-from sdxl_core.dataset.text import UnreadableText
+from sdxl_core.dataset.text import UnreadableText, state_of
 from sdxl_core.errors import DataError
 from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.merge.clean import cleaned_text
@@ -50,7 +51,7 @@ def plan_folder(config: MergeTagsConfig) -> list[ShardRef]:
     """
     listing = list_folder(config)
     num_shards = min(config.num_shards, len(listing.names))
-    plan = partial(_plan_shard, config=config, listing=listing, texts=listing.texts, num_shards=num_shards)
+    plan = partial(_plan_shard, config=config, listing=listing, num_shards=num_shards)
     count = forked.num_processes(min(num_shards, len(listing.names) // MIN_IMAGES_A_PROCESS))
     return list(forked.map_forked(plan, range(num_shards), count=count))
 
@@ -67,14 +68,14 @@ def list_folder(config: MergeTagsConfig) -> NameListing:
     return listing
 
 
-def _plan_shard(
-    index: int, *, config: MergeTagsConfig, listing: NameListing, texts: frozenset[str], num_shards: int
-) -> ShardRef:
+def _plan_shard(index: int, *, config: MergeTagsConfig, listing: NameListing, num_shards: int) -> ShardRef:
     """Look at the shard's text files and store its rows, unless they are merged already."""
     part = _Part.of(listing, index, num_shards, config)
     columns = part.columns(
-        _text_stats(config.source, part.keys, texts, config.tag_extension),
-        _text_stats(config.source, part.keys, texts, config.caption_extension),
+        *(
+            _text_states(config.source, part.names, listing.may_have(part.names, extension), extension)
+            for extension in (config.tag_extension, config.caption_extension)
+        )
     )
     shard, body = _shard(config, part, columns)
     if not shard_is_merged(shard, config) and not (shard.path.exists() and shard.path.read_bytes() == body):
@@ -90,14 +91,15 @@ def merge_part(index: int, *, config: MergeTagsConfig, listing: NameListing, num
     """
     part, counts = _Part.of(listing, index, num_shards, config), Counts()
     tags, captions = (
-        Texts(config.source, extension, listing.may_have(part.keys, extension), states=[])
+        Texts(config.source, extension, listing.may_have(part.names, extension), states=array("q"))
         for extension in (config.tag_extension, config.caption_extension)
     )
     counts.rejected += [refuse(*row) for row in part.rejected]
     counts.missing["image"] += part.num_lonely
     path = work_folder(config) / f"first.{index}.fragment"
-    written = write_fragment(path, _pieces(config, part.names, part.keys, tags, captions, counts))
-    shard, _ = _shard(config, part, part.columns(tags.states or [], captions.states or []))
+    written = write_fragment(path, _pieces(config, part.names, tags, captions, counts))
+    assert tags.states is not None and captions.states is not None
+    shard, _ = _shard(config, part, part.columns(tags.states, captions.states))
     os.replace(path, fragment_path(shard))
     return remember(shard, written, counts)
 
@@ -112,7 +114,6 @@ class _Part:
     index: int
     start: int
     names: list[str]
-    keys: list[str]
     rejected: list[tuple[str, str, str]]
     num_lonely: int
 
@@ -121,14 +122,13 @@ class _Part:
         start, stop = (len(listing.names) * i // num_parts for i in (index, index + 1))
         rejected = [(row.key, row.reason, row.detail) for row in listing.rejected] if index == 0 else []
         num_lonely = _num_lonely(listing, (config.tag_extension, config.caption_extension)) if index == 0 else 0
-        names = listing.names.part(start, stop)
-        return cls(index, start, names, keys_of(names), rejected, num_lonely)
+        return cls(index, start, listing.names.part(start, stop), rejected, num_lonely)
 
-    def columns(self, tags: list[int], captions: list[int]) -> dict[str, Any]:
+    def columns(self, tags: array[int], captions: array[int]) -> dict[str, Any]:
         return {
             "names": self.names,
-            "tags": tags,
-            "captions": captions,
+            "tags": np.frombuffer(tags, np.int64),
+            "captions": np.frombuffer(captions, np.int64),
             "rejected": self.rejected,
             "num_lonely": self.num_lonely,
         }
@@ -146,7 +146,7 @@ def _num_lonely(listing: NameListing, extensions: Sequence[str]) -> int:
 
 def _shard(config: MergeTagsConfig, part: _Part, columns: dict[str, Any]) -> tuple[ShardRef, bytes]:
     """A shard, named by the digest of its rows and of the settings, and its rows."""
-    body = orjson.dumps(columns)
+    body = orjson.dumps(columns, option=orjson.OPT_SERIALIZE_NUMPY)
     digest = digest_of(FORMAT, config.model_dump_json(exclude={"out", "num_shards"}), body)
     stop = part.start + len(part.names)
     return (
@@ -155,23 +155,22 @@ def _shard(config: MergeTagsConfig, part: _Part, columns: dict[str, Any]) -> tup
     )
 
 
-def _text_stats(source: os.PathLike[str], keys: Sequence[str], texts: frozenset[str], extension: str) -> list[int]:
+def _text_states(source: os.PathLike[str], names: Sequence[str], there: Sequence[bool], extension: str) -> array[int]:
     """Size in bytes and mtime_ns of each picture's text file, one after the other; -1, -1 where there is none."""
     prefix, stat = os.path.join(source, ""), os.stat
-    numbers: list[int] = []
-    for key in keys:
-        text = key + extension
-        if text not in texts:
-            numbers += (-1, -1)
-            continue
+    numbers = array("q")
+    if not any(there):
+        numbers.extend((-1, -1) * len(names))
+        return numbers
+    for key, may_be in zip(keys_of(names), there, strict=True):
         try:
-            status = stat(prefix + text)
+            status = stat(prefix + key + extension) if may_be else None
         except FileNotFoundError:
-            numbers += (-1, -1)
+            status = None
         except OSError:
-            numbers += (0, 0)  # the merge meets the same failure and rejects the picture
-        else:
-            numbers += (status.st_size, status.st_mtime_ns)
+            numbers.extend((0, 0))  # the merge meets the same failure and rejects the picture
+            continue
+        numbers.extend(state_of(status) if status else (-1, -1))
     return numbers
 
 
@@ -179,25 +178,25 @@ def pieces_of_folder(config: MergeTagsConfig, stored: dict[str, Any], counts: Co
     """The entries of a stored listing, in its order."""
     counts.rejected += [refuse(key, reason, detail) for key, reason, detail in stored["rejected"]]
     counts.missing["image"] += stored["num_lonely"]
-    keys = keys_of(stored["names"])
     tags, captions = (
         Texts(config.source, extension, [size >= 0 for size in stored[kind][::2]])
         for kind, extension in (("tags", config.tag_extension), ("captions", config.caption_extension))
     )
-    yield from _pieces(config, stored["names"], keys, tags, captions, counts)
+    yield from _pieces(config, stored["names"], tags, captions, counts)
 
 
 def _pieces(
-    config: MergeTagsConfig, names: Sequence[str], keys: Sequence[str], tags: Texts, captions: Texts, counts: Counts
+    config: MergeTagsConfig, names: Sequence[str], tags: Texts, captions: Texts, counts: Counts
 ) -> Iterator[Piece]:
     """The entries of pictures, in their order; what has none goes into `counts`."""
     prefix = str(config.source / "x")[:-1] if config.key_style == "full_path" else None
     for start in range(0, len(names), ENTRIES_A_WRITE):
-        window = slice(start, start + ENTRIES_A_WRITE)
+        some = names[start : start + ENTRIES_A_WRITE]
+        keys = keys_of(some)
         failures: dict[str, UnreadableText | OSError] = {}
-        sentences, lists = captions.read(keys, window, failures), tags.read(keys, window, failures)
-        _count_missing(keys[window], lists, sentences, failures, counts)
-        rows = zip(names[window], keys[window], sentences, lists, strict=True)
+        sentences, lists = captions.read(keys, failures), tags.read(keys, failures)
+        _count_missing(keys, lists, sentences, failures, counts)
+        rows = zip(some, keys, sentences, lists, strict=True)
         if not (failures or config.clean) and sentences.count(None) == len(lists) and "" not in lists:
             tagged: list[tuple[str, str]] = []
             for name, key, _, tag_text in rows:

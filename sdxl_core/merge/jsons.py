@@ -105,13 +105,13 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
 
 def _write(out: Path, sources: Iterable[_Checked], joiner: _Joiner) -> _Joiner:
     """Raises: DataError: there is no entry in any source."""
-    with atomic_writer(out) as file, ThreadPoolExecutor(1) as hasher:
-        for piece in joiner.pieces(_each_then_to_disk(sources, file)):
+    with atomic_writer(out) as file, ThreadPoolExecutor(2) as others:
+        for piece in joiner.pieces(_each_then_to_disk(sources, file, others)):
             if len(piece) < MIN_HASHED_ASIDE:
                 joiner.digest.update(piece)
                 file.write(piece)
                 continue
-            hashed = hasher.submit(joiner.digest.update, piece)  # hashing and writing take about as long
+            hashed = others.submit(joiner.digest.update, piece)  # hashing and writing take about as long
             file.write(piece)
             hashed.result()
         if joiner.is_empty:
@@ -119,10 +119,10 @@ def _write(out: Path, sources: Iterable[_Checked], joiner: _Joiner) -> _Joiner:
     return joiner
 
 
-def _each_then_to_disk(sources: Iterable[_Checked], file: BinaryIO) -> Iterator[_Checked]:
+def _each_then_to_disk(sources: Iterable[_Checked], file: BinaryIO, others: ThreadPoolExecutor) -> Iterator[_Checked]:
     for source in sources:
         yield source
-        start_writing(file)
+        others.submit(start_writing, file)
 
 
 class _KeyComesAgain(Exception):

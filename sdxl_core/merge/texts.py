@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,8 @@ class Texts:
 
     source: Path
     extension: str
-    there: list[bool]
-    states: list[int] | None = None
+    there: Sequence[bool]
+    states: array[int] | None = None
     _cold: int = 0  # windows that will be asked for ahead
     _num_read: int = 0
     _any: bool = field(init=False)
@@ -37,16 +38,13 @@ class Texts:
     def __post_init__(self) -> None:
         self._any = any(self.there)
 
-    def read(self, keys: Sequence[str], window: slice, failures: Failures) -> list[str | None]:
-        """The texts of a window of all pictures, None where there is none; what cannot be read goes into `failures`.
-
-        Args:   keys: of all pictures.   window: contiguous; windows are read in order, each once.
-        """
-        names, there = keys[window], self.there[window]
+    def read(self, keys: Sequence[str], failures: Failures) -> list[str | None]:
+        """The texts of the next pictures, None where there is none; what cannot be read goes into `failures`."""
+        names, there = keys, self.there[self._num_read : self._num_read + len(keys)]
         if not self._any:
             self._num_read += len(names)
             if self.states is not None:
-                self.states += (-1, -1) * len(names)
+                self.states.extend((-1, -1) * len(names))
             return [None] * len(names)
         base, extension = os.path.join(self.source, ""), self.extension
         paths = [base + key + extension if is_there else None for key, is_there in zip(names, there, strict=True)]
@@ -73,7 +71,7 @@ class Texts:
         self._num_read += len(paths)
         texts, states = read
         if self.states is not None:
-            self.states += states
+            self.states.extend(states)
         if len(wanted) < len(paths):
             rest = iter(texts)
             texts = [next(rest) if path is not None else None for path in paths]
@@ -94,6 +92,6 @@ class Texts:
                     failures.setdefault(key, error)
             texts.append(None)
             if states is not None and len(states) < 2 * (self._num_read + len(texts)):
-                states += (-1, -1) if key not in failures else (0, 0)
+                states.extend((-1, -1) if key not in failures else (0, 0))
         self._num_read += len(texts)
         return texts

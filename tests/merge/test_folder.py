@@ -447,6 +447,13 @@ def test_tags_alone_are_written_as_any_entries_are(rows: list[tuple[str, str]]) 
     assert folder_module.tags_text(rows) == folder_module.entries_text({key: {"tags": tags} for key, tags in rows})
 
 
+def test_a_time_far_in_the_future_is_no_obstacle(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", {"a.png": "one", "b.png": "two"})
+    os.utime(folder / "b.txt", (0, 10**10))  # the year 2286
+    first = merge(folder, tmp_path / "out.json")
+    assert first.num_kept == 2 and merge(folder, tmp_path / "out.json") == first
+
+
 def test_only_regular_files_are_opened_as_texts(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", {"a.png": "one", "pipe.png": None, "folder.png": None, "gone.png": None})
     os.mkfifo(folder / "pipe.txt")  # opening it would wait for ever
