@@ -12,6 +12,7 @@ from sdxl_core.config import TrainConfig, TrainOptions
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError
 
+NOT_NAMED = "(not named)"  # a base model that is not there counts as SDXL
 ATTENTION_WORDS = ("xformers", "diffusers-xformers", "mem-eff-attn", "sdpa")
 
 
@@ -110,7 +111,10 @@ def _plan(options: argparse.Namespace) -> None:
 
         values = under_training(options.preset, {} if options.config is None else read_toml(options.config))
         values = {key: value for key, value in values.items() if key in TrainOptions.model_fields}
-        train = check(TrainOptions, apply_overrides(values, options.overrides), where="sdxl-flows plan")
+        values = {"base_model": NOT_NAMED} | apply_overrides(values, options.overrides)
+        train = check(TrainOptions, values, where="sdxl-flows plan")
+        if train.base_model == NOT_NAMED:
+            print("no base_model is named: planned for SDXL", file=sys.stderr)
     card_bytes = None if options.card_gb is None else int(options.card_gb * 2**30)
     print(plan_text(train, width_px=options.width_px, height_px=options.height_px, card_bytes=card_bytes))
 

@@ -92,7 +92,9 @@ def trace(file: Path, *, run: Path | None = None) -> Lineage:
     metadata: Path | None = None
     if folder is not None:
         stages |= {name: stage for name, stage in _stages_of(folder).items() if name == "train" and stage}
-        metadata_check = _compared("what it was trained on", folder / "meta_lat.json", record["metadata"]["sha256"])
+        there = folder / "meta_lat.json"  # of a job; a plain training may have read it from elsewhere
+        path = there if there.is_file() else Path(record["metadata"]["path"])
+        metadata_check = _compared("what it was trained on", path, record["metadata"]["sha256"])
         metadata = metadata_check.path if metadata_check.state == "same" else None
         checks.append(metadata_check)
         checks += _merged(folder, stages)

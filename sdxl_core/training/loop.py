@@ -40,7 +40,7 @@ from sdxl_core.training.saving import Saver, SaveTimes, check_disk, remove_old_m
 from sdxl_core.training.schedules import lr_schedule, total_steps
 from sdxl_core.training.state import Snapshot, load_newest, read_generation, remove_partials
 from sdxl_core.training.stepping import Gathered, Stepper, StepResult
-from sdxl_core.training.text_outputs import TextOutputs
+from sdxl_core.training.text_outputs import TextOutputs, outputs_bytes
 from sdxl_core.training.training_set import TrainingSet, read_training_set
 from sdxl_core.training.updates import Updater
 from sdxl_core.training.watch import Watch, memory_gb
@@ -138,7 +138,10 @@ class Run:
             check_card(config, preset, card_bytes=card_bytes, width_px=largest[0], height_px=largest[1])
         if self.accelerator.is_main_process:
             state_bytes, model_bytes = disk_needs(config, preset)
-            check_disk(config, self.save_times, total=self.total, state_bytes=state_bytes, model_bytes=model_bytes)
+            check_disk(
+                config, self.save_times, total=self.total, state_bytes=state_bytes, model_bytes=model_bytes,
+                text_bytes=lambda free: outputs_bytes(config, self.training_set, preset, free=free),
+            )  # fmt: skip
 
     def _text_outputs(self) -> TextOutputs | None:
         """Of frozen text encoders, computed by the first process where they are not there yet."""
@@ -181,7 +184,7 @@ class Run:
         return updater
 
     def to_the_end(self, stop: StopSignal) -> bool:
-        """Every step that is left. Returns False where `stop` ended it; its state is saved then.
+        """Every step that is left, and the measurement behind the last. False where `stop` ended it; state saved.
 
         Raises: ConfigError: nothing is left.   TrainingError: too many bad steps.   DiskFullError.
         """
@@ -206,7 +209,7 @@ class Run:
             step, stopped = self._run_from(step, stop)
         self.saver.wait()
         self.accelerator.wait_for_everyone()
-        return step == self.total
+        return step == self.total and not self._any(not self._was_looked_at(step))
 
     def _run_from(self, start: int, stop: StopSignal) -> tuple[int, bool]:
         """Steps from `start` to the end, to a stop, or to one that the run has to go back for.

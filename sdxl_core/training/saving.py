@@ -102,11 +102,20 @@ class Saver:
             then(path)
 
 
-def check_disk(config: TrainConfig, times: SaveTimes, *, total: int, state_bytes: int, model_bytes: int) -> None:
+def check_disk(
+    config: TrainConfig,
+    times: SaveTimes,
+    *,
+    total: int,
+    state_bytes: int,
+    model_bytes: int,
+    text_bytes: Callable[[int], int],
+) -> None:
     """Refuse to begin where the disk cannot hold all that the run will write.
 
     A new state, or model on the way, is whole before the oldest goes, so one more than are kept is there for a moment.
     Args:   total: steps of the whole run.   state_bytes: of one state of all processes together, averages included.
+            text_bytes: of kept outputs of text encoders; is told how many bytes there are for them.
     Raises: DiskFullError.
     """
     folder = config.out
@@ -114,13 +123,16 @@ def check_disk(config: TrainConfig, times: SaveTimes, *, total: int, state_bytes
     num_states, num_models = times.most_states(total), times.most_models(total)
     needed = num_states * state_bytes + num_models * model_bytes
     free, there = shutil.disk_usage(folder).free, sum(map(_size, _own_files(config)))
+    texts = text_bytes(free + there - needed)
+    needed += texts
     if free + there < needed:
         average = "" if config.ema_decay is None else ", the averaged weights of ema_decay among it"
+        outputs = f", and outputs of text encoders of {_bytes(texts)} (cache_text_encoder_outputs)" if texts else ""
         raise DiskFullError(
             f"{folder}: this run needs {_bytes(needed)} on the disk: {num_states} resumable states of "
             f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}; a new one is whole before one goes), "
             f"and {num_models} model file{'s' * (num_models > 1)} of {_bytes(model_bytes)} "
-            f"(keep_models = {config.keep_models or 'all'}). "
+            f"(keep_models = {config.keep_models or 'all'}){outputs}. "
             f"{_bytes(free)} are free, {_bytes(there)} are this run's already. Free {_bytes(needed - free - there)}, "
             f"keep fewer (keep_models, save_model_every_epochs, save_model_every_steps), or choose an out folder on "
             f"another disk."
@@ -136,6 +148,7 @@ def _own_files(config: TrainConfig) -> list[Path]:
     state, model = config.out / "state", config.out / "model"
     last = model / config.output_name
     found = [*state.glob("step-*"), *state.glob(".step-*.partial"), *_models_on_the_way(model, config)]
+    found += config.out.glob("text_outputs/*")
     return [*found, *(path for path in (last, last.with_name(f"{last.name}.safetensors")) if path.exists())]
 
 

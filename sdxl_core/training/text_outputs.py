@@ -11,16 +11,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sdxl_core.config import TrainConfig
 from sdxl_core.files import digest_of, write_atomic
-from sdxl_core.models import TokenIds, encode_prompts
+from sdxl_core.models import TokenIds, component_config, encode_prompts
+from sdxl_core.models.presets import Preset
+from sdxl_core.models.tokenizer import CHUNK
 from sdxl_core.training.denoiser import Denoiser
+from sdxl_core.training.training_set import TrainingSet
 
-PART_CAPTIONS, BATCH = 256, 16
+PART_CAPTIONS, BATCH, KEY_BYTES = 256, 16, 32
 
 
 class TextOutputs:
@@ -46,7 +51,9 @@ class TextOutputs:
                     encoder.to(device)
             outputs = [self._encode([tokens for _, tokens in part[i : i + BATCH]]) for i in range(0, len(part), BATCH)]
             tensors = {
-                "keys": torch.frombuffer(bytearray(b"".join(key for key, _ in part)), dtype=torch.uint8).view(-1, 32),
+                "keys": torch.frombuffer(bytearray(b"".join(key for key, _ in part)), dtype=torch.uint8).view(
+                    -1, KEY_BYTES
+                ),
                 "prompt_embeds": torch.cat([embeds for embeds, _ in outputs]),
                 "pooled": torch.cat([pooled for _, pooled in outputs]),
             }
@@ -85,6 +92,25 @@ class TextOutputs:
         for row, key in enumerate(file.get_tensor("keys").numpy()):
             self._places[key.tobytes()] = (len(self._files), row)
         self._files.append(file)
+
+
+def outputs_bytes(config: TrainConfig, training_set: TrainingSet, preset: Preset, *, free: int) -> int:
+    """What the outputs of a run take on the disk. Every caption counts, equal ones once where `free` bytes are too few
+
+    for all of them: that needs a look at each.
+    """
+    if not config.cache_text_encoder_outputs:
+        return 0
+    num_states = config.max_token_length // CHUNK * CHUNK + 2
+    width = int(component_config(preset, "unet")["cross_attention_dim"])
+    pooled = int(component_config(preset, "text_encoder_2")["projection_dim"])
+    is_half = config.weights_dtype == "bfloat16" or config.mixed_precision == "bf16"
+    one = (num_states * width + pooled) * (2 if is_half else 4) + KEY_BYTES
+    count = training_set.num_samples
+    if (count + 1) * one > free:
+        texts = (hash((sample.sentence, sample.tags)) for sample in training_set.samples)
+        count = len(np.unique(np.fromiter(texts, np.int64, count)))
+    return (count + 1) * one  # and the empty one
 
 
 def _singly(tokens: TokenIds) -> Iterator[TokenIds]:

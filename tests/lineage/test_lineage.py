@@ -63,6 +63,15 @@ def test_it_is_found_after_file_and_folder_have_moved(run: Path, tmp_path: Path)
     assert found.run == tmp_path / "elsewhere" and len(list(found.images())) == 2
 
 
+def test_metadata_that_lies_elsewhere_is_found_where_it_was(run: Path, tmp_path: Path) -> None:
+    """As of a training file of its own: its out folder holds no meta_lat.json."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "meta_lat.json").unlink()
+    found = trace(tmp_path / "run" / "model" / "last.safetensors")
+    assert found.checks[0].path == run / "meta_lat.json" and found.checks[0].state == "same"
+    assert len(list(found.images())) == 2
+
+
 def test_from_the_file_alone_everything_but_the_pictures_is_known(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     file = tmp_path / "alone.safetensors"

@@ -76,8 +76,8 @@ def load_unet_size(tensors: dict[str, Tensor]) -> int:
 
 
 def test_divided_8bit_states_are_those_of_the_whole(config: Configure, train: Train) -> None:
-    """AdamW8bit with stochastic rounding on halves: which tensors are 8-bit, and the rounding noise, do not change."""
-    one = config(max_train_steps=2, learning_rate=1e-4)
+    """AdamW8bit, stochastic rounding, checkpointing, accumulation: which tensors are 8-bit, and the noise, stay."""
+    one = config(max_train_steps=2, learning_rate=1e-4, gradient_checkpointing="all", gradient_accumulation_steps=2)
     assert train(one)
     two = on_two(one, out=one.out / "two", parallel="fsdp")
     launch_training(two)

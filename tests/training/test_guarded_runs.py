@@ -5,7 +5,9 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ from sdxl_core.training.guard import WARM_UP_STEPS, Guard
 from sdxl_core.training.result import read_result
 from sdxl_core.training.saving import Saver, SaveTimes
 from sdxl_core.training.state import Snapshot, load_newest, read_generation
-from sdxl_core.training.training_set import read_training_set
+from sdxl_core.training.text_outputs import outputs_bytes
+from sdxl_core.training.training_set import Sample, read_training_set
 
 Configure = Callable[..., TrainConfig]
 Train = Callable[..., bool]
@@ -70,8 +73,12 @@ def test_interrupted_at_20_random_steps_is_never_interrupted_bit_for_bit(config:
         assert_same(dict(ours.tensors[file]), dict(tensors))
 
 
-def test_updates_within_the_backward_pass_are_the_same_updates(config: Configure, train: Train) -> None:
-    after = config(max_train_steps=3, max_grad_norm=0.0, learning_rate_te2=1e-4, gradient_checkpointing="blocks")
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_updates_within_the_backward_pass_are_the_same_updates(config: Configure, train: Train, rounding: str) -> None:
+    after = config(
+        max_train_steps=3, max_grad_norm=0.0, learning_rate_te2=1e-4, gradient_checkpointing="blocks",
+        weights_rounding=rounding,
+    )  # fmt: skip
     within = elsewhere(after, "within", fused_backward=True)
     assert train(after) and train(within)
     assert_same(model(within), model(after))
@@ -213,6 +220,8 @@ def test_cached_text_outputs_train_as_the_encoders_do(config: Configure, train: 
     assert losses[0] and losses[1] and losses[0].final_avr_loss == pytest.approx(losses[1].final_avr_loss, rel=1e-5)
     (part,) = (cached.out / "text_outputs").glob("*/part-*.safetensors")
     assert len(load_file(part)["keys"]) == 11, "ten captions and the empty one"
+    told = outputs_bytes(cached, read_training_set(cached), "tiny", free=10**9)
+    assert told == pytest.approx(part.stat().st_size, rel=0.01), "the disk guard knows"
     written = part.stat().st_mtime_ns
     assert train(elsewhere(encoded, "cached", cache_text_encoder_outputs=True, max_train_steps=5))
     assert part.stat().st_mtime_ns == written and len(list(part.parent.iterdir())) == 1
@@ -220,6 +229,16 @@ def test_cached_text_outputs_train_as_the_encoders_do(config: Configure, train: 
         config(cache_text_encoder_outputs=True, shuffle_caption=True)
     with pytest.raises(ValueError, match="a text encoder that trains has no outputs to keep"):
         config(cache_text_encoder_outputs=True, learning_rate_te1=1e-5)
+
+
+def test_equal_captions_are_kept_once_and_count_once_where_the_disk_is_small(config: Configure) -> None:
+    cached = config(cache_text_encoder_outputs=True)
+    same = Sample(key="a", sentence="", tags="boat", width_px=64, height_px=64)
+    four: Any = SimpleNamespace(num_samples=4, samples=[same] * 3 + [replace(same, tags="sea")])
+    one = outputs_bytes(cached, SimpleNamespace(num_samples=0), "tiny", free=10**9)  # type: ignore[arg-type]
+    assert outputs_bytes(cached, four, "tiny", free=10**9) == 5 * one
+    assert outputs_bytes(cached, four, "tiny", free=4 * one) == 3 * one
+    assert outputs_bytes(config(), four, "tiny", free=0) == 0
 
 
 def test_states_and_models_are_due_in_steps_and_epochs(config: Configure) -> None:

@@ -94,3 +94,12 @@ def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["plan", "--set", "base_model=tiny", "--card-gb", "0.1"])
     assert left.value.code == 2
     assert "needs" in capsys.readouterr().err
+
+
+def test_a_plan_without_a_base_model_is_sdxls(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--preset", "24gb-single", "--card-gb", "24"])
+    told = capsys.readouterr()
+    assert "3,378,094,596 of 3,385,184,004 parameters train" in told.out
+    assert "planned for SDXL" in told.err
+    main(["plan", "--preset", "tiny"])
+    assert not capsys.readouterr().err

@@ -130,6 +130,9 @@ def test_a_stop_is_heard_between_two_pictures_and_two_batches(train: Train, conf
         assert pictures[0] == pictures[1] and len(pictures[0]) == 6
         measured = [[(one.step, one.loss) for one in read_heldout(each.out)] for each in (run, undisturbed)]
         assert measured[0] == measured[1] and len(measured[0]) == 3
+    run = undisturbed.model_copy(update={"out": undisturbed.out / "last step", "sample_prompts": []})
+    assert not train(run, stop_at=4), "the measurement behind the last step is still to be made"
+    assert train(run) and [one.step for one in read_heldout(run.out)] == [0, 2, 4]
 
 
 def test_who_asks_to_stop_need_not_wait_for_pictures(train: Train, config: Configure) -> None:
