@@ -51,8 +51,8 @@ def read_dataset_config(path: Path) -> DatasetGiven:
     """Raises: ConfigError: unreadable, or no subset in it that can be trained on."""
     result = DatasetGiven()
     subsets = _trained(_subsets(_read(path), path), result, path)
-    result.folders = list(dict.fromkeys(subset["image_dir"] for subset in subsets.values()))
-    result.metadata = list(dict.fromkeys(s["metadata_file"] for s in subsets.values() if "metadata_file" in s))
+    result.folders = list(dict.fromkeys(str(subset["image_dir"]) for subset in subsets.values()))
+    result.metadata = list(dict.fromkeys(str(s["metadata_file"]) for s in subsets.values() if "metadata_file" in s))
     names = dict.fromkeys(name for subset in subsets.values() for name in subset if name not in _PLACES)
     for name in names:
         values = {label: subset[name] for label, subset in subsets.items() if name in subset}
@@ -141,7 +141,7 @@ def _take(result: DatasetGiven, name: str, values: Mapping[str, Any], *, num_sub
         result.not_mapped[label] = (
             f"not the same for all subsets; here one value holds for all pictures, and {value!r} of {first} was taken"
         )
-    if name == "num_repeats" and set(values.values()) == {1}:
+    if name == "num_repeats" and all(count == 1 for count in values.values()):
         return
     if option.default == "flag":
         if value:

@@ -100,7 +100,9 @@ def _take_dataset_config(given: Given, strange: dict[str, str], path: Path, root
         given["in_json"] = found.metadata[0]
     if len(folders) > 1:
         given["train_data_dir"] = f"{out}/catalog"
-        sources = " ".join(f'"{Path(name).name}/={name}"' for name in folders)
+        ends = [Path(name).name for name in folders]  # pictures of one name in two folders stay two
+        prefixes = ends if len(set(ends)) == len(ends) else [f"{i}-{end}" for i, end in enumerate(ends, 1)]
+        sources = " ".join(f'"{prefix}/={name}"' for prefix, name in zip(prefixes, folders, strict=True))
         return [
             f"these are {len(folders)} folders; make a catalog of them first: sdxl-flows catalog --sources {sources} "
             f'--out "{out}/catalog"'

@@ -114,6 +114,11 @@ def test_folders_become_a_job_over_a_catalog(tmp_path: Path) -> None:
     assert "ignores it beside --dataset_config" in why["--train_data_dir"] and "--in_json" in why
 
 
+def test_folders_of_one_name_have_prefixes_of_their_own(tmp_path: Path) -> None:
+    told = imported(tmp_path, FOLDERS.replace("C:\\fuga'", "C:\\more\\hoge'"))
+    assert any('--sources "1-hoge/=/mnt/c/hoge" "2-hoge/=/mnt/c/more/hoge"' in note for note in told.notes)
+
+
 def test_one_folder_is_the_source_itself_and_json_is_read(tmp_path: Path) -> None:
     config = {"datasets": [{"resolution": 1024, "subsets": [{"image_dir": "pictures", "caption_prefix": "best, "}]}]}
     told = imported(tmp_path, orjson.dumps(config).decode(), name="data.json")
