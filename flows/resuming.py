@@ -1,4 +1,4 @@
-"""What a run does when its output is held by another, and when it crashes again and again.
+"""What a run does when its output is held by another, when it crashes again and again, and when it was cancelled.
 
 A run that finds its output locked says by whom and schedules itself anew, later and later. A run whose process died is
 scheduled again by an automation (flows/service/automations.py); here it is failed when that does not help.
@@ -17,7 +17,7 @@ from prefect import get_run_logger, runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
 from prefect.exceptions import Abort
-from prefect.states import Scheduled
+from prefect.states import Cancelled, Scheduled
 
 from sdxl_core.errors import CrashLoopError, LockedError
 from sdxl_core.lock import HOLDER_RUN
@@ -40,7 +40,11 @@ def resuming(run_flow: Callable[P, T]) -> Callable[P, T]:
             return run_flow(*args, **kwargs)  # nobody would start it again
         this_run = f"{runtime.flow_run.name} {runtime.flow_run.id}"
         os.environ[HOLDER_RUN] = this_run
-        refuse_crash_loop(_states(), now=datetime.now(UTC))
+        states = sorted(_states(), key=lambda state: state.timestamp)
+        if was_being_cancelled(states):
+            _cancel()
+            raise Abort("it was being cancelled when its process died")
+        refuse_crash_loop(states, now=datetime.now(UTC))
         try:
             return run_flow(*args, **kwargs)
         except LockedError as error:
@@ -65,6 +69,22 @@ def refuse_crash_loop(states: list[State], *, now: datetime) -> None:
             f"memory). What it had finished is kept: Retry continues there tomorrow, a new run with the same "
             f"parameters at once."
         )
+
+
+def was_being_cancelled(states: list[State]) -> bool:
+    """Whether somebody cancelled the attempt before this one, whose process was gone before it could obey.
+
+    Args: states: all that the run has had, in the order of time, the start of this attempt last.
+    """
+    types = [state.type for state in states]
+    starts = [number for number, kind in enumerate(types) if kind == StateType.RUNNING]
+    between = types[starts[-2] : starts[-1]] if len(starts) > 1 else []
+    return StateType.CANCELLING in between and StateType.CANCELLED not in between
+
+
+def _cancel() -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(_this_run(), Cancelled(), force=True)
 
 
 def wait_s(num_waits: int) -> int:

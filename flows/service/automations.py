@@ -10,13 +10,16 @@ from datetime import timedelta
 
 from prefect.automations import Automation, AutomationCore
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
-from prefect.events.schemas.events import ResourceSpecification
+from prefect.events.schemas.events import Event, Resource, ResourceSpecification
 
 FLOW_RUNS = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 AUTO_RESUME = ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.auto-resume"})
+HEARTBEAT = "prefect.flow-run.heartbeat"
+PAGE = 200  # runs the server gives at once
 SILENT_AFTER_S = 95  # three heartbeats of 30 s, and a little
 
 
@@ -25,7 +28,7 @@ def crash_silent_runs() -> Automation:
     return Automation(
         name="sdxl-flows: silent runs have crashed",
         trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
+            after={HEARTBEAT},
             expect={"prefect.flow-run.*"},
             match=FLOW_RUNS,
             for_each={"prefect.resource.id"},
@@ -64,10 +67,36 @@ def install_automations(client: SyncPrefectClient) -> None:
 
 
 def install(client: SyncPrefectClient, automation: Automation) -> None:
-    """Create an automation, or bring the one of its name up to date."""
-    content = AutomationCore.model_validate(automation.model_dump(exclude={"id", "owner_resource"}))
+    """Create an automation, or bring the one of its name up to date.
+
+    One that is as it should be stays untouched: an update gives its trigger another id, and what the server had noted
+    for it (which runs were last heard of when) is never looked at again.
+    """
+    content = _content(automation)
     known = client.read_automations_by_name(automation.name)
-    if known:
-        client.update_automation(known[0].id, content)
-    else:
+    if not known:
         client.create_automation(content)
+    elif _content(known[0]) != content:
+        client.update_automation(known[0].id, content)
+
+
+def _content(automation: AutomationCore) -> AutomationCore:
+    return AutomationCore.model_validate(automation.model_dump(exclude={"id", "owner_resource"}))
+
+
+def expect_signs_of_life(client: SyncPrefectClient) -> None:
+    """From now on, the server waits for the next sign of every run that should be at work.
+
+    What it had noted may be gone: lost with its memory in a power cut, refused by a locked database, or never written
+    for a run that died before its first heartbeat. Each such run gets a heartbeat of ours; one that is alive goes on
+    with its own, one that is dead has crashed when none follows.
+    """
+    at_work = FlowRunFilter(state={"type": {"any_": [StateType.RUNNING, StateType.PENDING]}})
+    offset = 0
+    while runs := client.read_flow_runs(flow_run_filter=at_work, limit=PAGE, offset=offset):
+        offset += len(runs)
+        signs = [
+            Event(event=HEARTBEAT, resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run.id}"}))
+            for run in runs
+        ]
+        client.request("POST", "/events", json=[sign.model_dump(mode="json") for sign in signs])

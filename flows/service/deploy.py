@@ -16,7 +16,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.service.automations import install_automations
+from flows.service.automations import expect_signs_of_life, install_automations
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 
 POOL = "sdxl-flows"
@@ -36,6 +36,8 @@ def is_healthy(url: str) -> bool:
 def deploy(url: str, environment: dict[str, str]) -> None:
     """Create the work pool, install the automations, deploy every flow; what is there is brought up to date.
 
+    Runs that a power cut has ended are noticed from here on.
+
     Args: url: of the server, without /api.   Raises: SdxlFlowsError: a flow cannot be deployed, in Prefect's words.
     """
     with temporary_settings({PREFECT_API_URL: f"{url}/api"}), get_client(sync_client=True) as client:
@@ -47,6 +49,8 @@ def deploy(url: str, environment: dict[str, str]) -> None:
     )
     if done.returncode:
         raise SdxlFlowsError(f"the flows could not be deployed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    with temporary_settings({PREFECT_API_URL: f"{url}/api"}), get_client(sync_client=True) as client:
+        expect_signs_of_life(client)
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from prefect.client.schemas.objects import State
-from prefect.states import Crashed, Running, Scheduled
+from prefect.states import Cancelled, Cancelling, Crashed, Running, Scheduled
 
-from flows.resuming import LONGEST_WAIT_S, MAX_STARTS, WAITING, refuse_crash_loop, wait_s
+from flows.resuming import LONGEST_WAIT_S, MAX_STARTS, WAITING, refuse_crash_loop, wait_s, was_being_cancelled
 from sdxl_core.errors import CrashLoopError
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -36,3 +36,10 @@ def test_waiting_for_another_is_no_crash() -> None:
 def test_waits_double_up_to_half_an_hour() -> None:
     assert [wait_s(number) for number in range(4)] == [15, 30, 60, 120]
     assert wait_s(300) == LONGEST_WAIT_S == 1800
+
+
+def test_a_run_that_was_being_cancelled_when_it_died_is_not_continued() -> None:
+    assert was_being_cancelled([Running(), Cancelling(), Crashed(), Scheduled(), Running()])
+    assert not was_being_cancelled([Running(), Crashed(), Scheduled(), Running()])
+    assert not was_being_cancelled([Running(), Cancelling(), Cancelled(), Scheduled(), Running()])  # started anew
+    assert not was_being_cancelled([Running()])
