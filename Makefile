@@ -22,7 +22,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-system: setup
-	$(BIN)/python -m pytest -m system tests/system
+	$(BIN)/python -m pytest -m system -n 2 --dist loadfile tests/system
 
 bench-chaos: setup
 	$(BIN)/python benchmarks/chaos.py --table benchmarks/chaos.table.md

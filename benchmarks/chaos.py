@@ -267,7 +267,7 @@ def undisturbed(service: Service, folder: Path) -> None:
 
 
 def up(service: Service) -> None:
-    started = service.command("up", "--detach", "--port", str(service.port))
+    started = service.up()
     assert started.returncode == 0, started.stdout + started.stderr
 
 

@@ -177,11 +177,10 @@ def stage(asked: CacheLatentsConfig, shards: int, kind: str) -> Row:
 @contextmanager
 def running(folder: Path, database: str) -> Iterator[Service]:
     with ExitStack() as stack:
-        options = ["--tensorboard-port", "0"]
-        if database == "postgresql":
-            options += ["--database-url", stack.enter_context(postgres())]
+        is_there = database == "postgresql"
+        options = ["--database-url", stack.enter_context(postgres())] if is_there else []
         service = Service(folder)
-        started = service.command("up", "--detach", "--port", str(service.port), *options)
+        started = service.up(*options)
         assert started.returncode == 0, started.stdout + started.stderr
         try:
             yield service

@@ -1,5 +1,6 @@
 """`sdxl-flows up` in a home of its own, and the command line over it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -19,9 +21,7 @@ class Service:
     """The command line over a service of its own."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port, self.curves_port = free_ports(2)
         self.folder, self.database_url = folder, ""
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "prefect"),
@@ -29,6 +29,11 @@ class Service:
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
         }
+
+    def up(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """Start it in the background, on its own ports."""
+        ports = ["--port", str(self.port), "--tensorboard-port", str(self.curves_port)]
+        return self.command("up", "--detach", *ports, *options)
 
     def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "sdxl_core.cli", *argv]
@@ -69,6 +74,11 @@ class Service:
         except OSError:
             return False
 
+    def runs_with_curves(self) -> list[str]:
+        """What its TensorBoard knows."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.curves_port}/data/runs", timeout=20) as answer:
+            return list(json.load(answer))
+
     def client(self) -> Any:
         """A client of this service's server."""
         from prefect.client.orchestration import SyncPrefectClient
@@ -87,6 +97,15 @@ class Service:
                 except (FileNotFoundError, PermissionError, ProcessLookupError):
                     continue
         return found
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with ExitStack() as probes:
+        opened = [probes.enter_context(socket.socket()) for _ in range(number)]
+        for probe in opened:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in opened]
 
 
 def wait_until(look: Callable[[], T | None], *, timeout_s: float, what: str) -> T:

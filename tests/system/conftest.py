@@ -50,7 +50,7 @@ def encoded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def running(folder: Path, *options: str) -> Iterator[Service]:
     """`sdxl-flows up` in the folder, and the proof that nothing of it is left afterwards."""
     service = Service(folder)
-    started = service.command("up", "--detach", "--port", str(service.port), *options)
+    started = service.up(*options)
     try:
         assert started.returncode == 0, started.stdout + started.stderr
         yield service

@@ -132,6 +132,7 @@ def test_a_killed_and_a_cancelled_trainer_end_with_the_weights_of_an_undisturbed
     assert any(name.startswith("step") for name in names), names
     again = service.submit("finetune/finetune", parameters(config))
     service.wait_for(again, "Completed", timeout_s=240)
+    wait_until(lambda: any(name.startswith("run-") for name in service.runs_with_curves()), timeout_s=60, what="curves")
     assert f"steps {max(names)[5:].lstrip('0')} to {NUM_STEPS} on" in (config.out / "train.log").read_text()
     assert tensors_of(config.out) == tensors_of(
         launch_training(to_train(tmp_path / "undisturbed")).file.path.parents[1]
