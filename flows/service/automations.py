@@ -7,6 +7,7 @@ with an attempt of its own. The lock on the output (sdxl_core/lock.py) covers wh
 from __future__ import annotations
 
 from datetime import timedelta
+from uuid import UUID
 
 from prefect.automations import Automation, AutomationCore
 from prefect.client.orchestration import SyncPrefectClient
@@ -85,18 +86,24 @@ def _content(automation: AutomationCore) -> AutomationCore:
 
 
 def expect_signs_of_life(client: SyncPrefectClient) -> None:
-    """From now on, the server waits for the next sign of every run that should be at work.
+    """From now on, the server waits for the next sign of every run that should be at work. For a server that started.
 
-    What it had noted may be gone: lost with its memory in a power cut, refused by a locked database, or never written
-    for a run that died before its first heartbeat. Each such run gets a heartbeat of ours; one that is alive goes on
-    with its own, one that is dead has crashed when none follows.
+    What it had noted may be gone: lost with its memory, refused by a locked database, or never written for a run that
+    died before its first heartbeat. Each such run gets a heartbeat of ours; one that is alive goes on with its own,
+    one that is dead has crashed when none follows.
+
+    A server puts an event that follows another of the last five minutes aside for a quarter of an hour where it has not
+    seen that other, and a new server has seen none. A crash follows the state before it; so that it is acted on at
+    once, the state's event is told again, by its id (which is the state's).
     """
     at_work = FlowRunFilter(state={"type": {"any_": [StateType.RUNNING, StateType.PENDING]}})
     offset = 0
     while runs := client.read_flow_runs(flow_run_filter=at_work, limit=PAGE, offset=offset):
         offset += len(runs)
-        signs = [
-            Event(event=HEARTBEAT, resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run.id}"}))
-            for run in runs
-        ]
+        signs = [_heartbeat(run.id, id=run.state.id) for run in runs if run.state is not None]
+        signs += [_heartbeat(run.id) for run in runs]
         client.request("POST", "/events", json=[sign.model_dump(mode="json") for sign in signs])
+
+
+def _heartbeat(run: UUID, **known: UUID) -> Event:
+    return Event(event=HEARTBEAT, resource=Resource({"prefect.resource.id": f"prefect.flow-run.{run}"}), **known)

@@ -49,6 +49,11 @@ def deploy(url: str, environment: dict[str, str]) -> None:
     )
     if done.returncode:
         raise SdxlFlowsError(f"the flows could not be deployed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    wait_for_runs(url)
+
+
+def wait_for_runs(url: str) -> None:
+    """Have a server that has just started wait for signs of the runs that should be at work."""
     with temporary_settings({PREFECT_API_URL: f"{url}/api"}), get_client(sync_client=True) as client:
         expect_signs_of_life(client)
 
@@ -57,18 +62,22 @@ def main() -> None:
     """Deploy to the server of PREFECT_API_URL, once it answers."""
     parser = argparse.ArgumentParser(prog="python -m flows.service.deploy", description=main.__doc__)
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="wait this long for the server")
-    wait_s = parser.parse_args().wait
+    parser.add_argument("--runs-only", action="store_true", help="deploy nothing; wait for signs of the runs at work")
+    options = parser.parse_args()
     api = PREFECT_API_URL.value()
     try:
         if not api:
             raise ConfigError("PREFECT_API_URL is not set. Set it to the server's address, http://127.0.0.1:4200/api.")
         url = api.rstrip("/").removesuffix("/api")
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + options.wait
         while not is_healthy(url):
             if time.monotonic() >= deadline:
                 raise SdxlFlowsError(f"{url}: no server answers there. Start it (`prefect server start`), then again.")
             time.sleep(1)
-        deploy(url, dict(os.environ))
+        if options.runs_only:
+            wait_for_runs(url)
+        else:
+            deploy(url, dict(os.environ))
     except SdxlFlowsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from httpx import HTTPError
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.service.deploy import POOL, ROOT, deploy, is_healthy
+from flows.service.deploy import POOL, ROOT, deploy, is_healthy, wait_for_runs
 from flows.service.record import read_record, remove_record, service_folder, write_record
 from sdxl_core.errors import ConfigError, SdxlFlowsError
 from sdxl_core.processes import end_group
@@ -129,7 +130,7 @@ def _supervise(host: str, port: int, curves_port: int) -> None:
             print(f"\n  open {url}/deployments   (Ctrl-C ends it all; logs in {service_folder()})", flush=True)
             if CURVES_URL in environment:
                 print(f"  curves of what is trained: {environment[CURVES_URL]}", flush=True)
-            _keep_alive(supervised)
+            _keep_alive(supervised, url)
     except KeyboardInterrupt:
         print("\nended: server and worker are down; runs continue when they are started again.")
     finally:
@@ -201,10 +202,11 @@ def _wait_healthy(url: str, server: Child) -> None:
     )
 
 
-def _keep_alive(children: list[Child]) -> None:
+def _keep_alive(children: list[Child], url: str) -> None:
     """Start a child again when it has ended, after a pause that doubles from 1 s to 60 s while it ends soon."""
     pause_s = dict.fromkeys((child.name for child in children), 1.0)
     due: dict[str, float] = {}  # those that have ended: when they are started again
+    is_new_server = False
     while True:
         time.sleep(0.5)
         for child in children:
@@ -220,6 +222,11 @@ def _keep_alive(children: list[Child]) -> None:
                 del due[name]
                 pause_s[name] = min(60.0, 2 * pause_s[name])
                 child.start()
+                is_new_server |= name == "server"
+        if is_new_server and is_healthy(url):
+            with suppress(HTTPError):  # it has ended again: the next one is told
+                wait_for_runs(url)
+                is_new_server = False
 
 
 def _tail(path: Path, num_lines: int = 15) -> str:

@@ -57,6 +57,7 @@ def test_runs_that_should_be_at_work_are_waited_for_from_now_on() -> None:
         deadline = time.monotonic() + 30
         while not heard_of(client, silent.id, since=began) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert len(heard_of(client, silent.id, since=began)) == 1
+        heard = {event["id"] for event in heard_of(client, silent.id, since=began)}
+        assert len(heard - {str(silent.state.id)}) == 1
         assert not heard_of(client, ended.id, since=began)
         client.set_flow_run_state(silent.id, Completed(), force=True)
