@@ -2,12 +2,14 @@
 
 python benchmarks/latent_files.py [--sizes 500,2000,8000] [--repeats 5] [--folder DIR]
 Latents have the sizes of SDXL's buckets about 1024 x 1024 px, so that a picture's float32 file has about 263 kB.
-What is read is in the page cache, as are np.load's files.
+What is read is in the page cache, as are np.load's files. "bare" rows are system calls alone, without any work of ours:
+what a file system and memory cost whoever writes or reads the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import statistics
@@ -26,6 +28,8 @@ from sdxl_core.latents.index import IndexWriter
 
 SHAPES = ((128, 128), (152, 104), (104, 152), (144, 112), (112, 144), (168, 96), (96, 168), (120, 136))
 GROUP = 512  # pictures of one commit group
+POOL = 16 * len(SHAPES)  # different pictures
+BARE = "bare open, write, close, rename"
 
 
 def main() -> None:
@@ -49,26 +53,38 @@ class Comparison:
     def __init__(self, folder: Path, size: int, repeats: int) -> None:
         self.folder, self.size, self.repeats = folder, size, repeats
         rng = np.random.default_rng(0)
-        pool = [record(rng, SHAPES[number % len(SHAPES)]) for number in range(16 * len(SHAPES))]
+        pool = [record(rng, SHAPES[number % len(SHAPES)]) for number in range(POOL)]
         self.records = [pool[number % len(pool)] for number in range(size)]
         self.keys = [f"danbooru/{number}" for number in range(size)]
         self.order = list(range(size))
         random.Random(0).shuffle(self.order)
 
     def run(self) -> None:
-        for name in ("numpy/danbooru", "ours/danbooru", "packed16", "packed32"):
+        for name in ("numpy/danbooru", "bare/danbooru", "ours/danbooru", "packed16", "packed32"):
             (self.folder / name).mkdir(parents=True)
-        writers = {"np.savez": self.savez, "per_image": self.per_image}
+        self.per_image()
+        data = [(self.folder / "ours" / f"{key}.npz").read_bytes() for key in self.keys[:POOL]]
+        self.data = [data[number % POOL] for number in range(self.size)]
+        writers = {"np.savez": self.savez, BARE: self.bare_files, "per_image": self.per_image}
         writers |= {"packed float16": lambda: self.packed("float16"), "packed float32": lambda: self.packed("float32")}
         self.compare("write", writers, "np.savez")
         self.write_indexes()
         stores = {name: LatentStore(self.folder / name) for name in ("ours", "packed16", "packed32")}
-        readers = {"np.load": self.load, "per_image file": self.read_files}
+        rows = self.open_rows()
+        readers = {"np.load": self.load, "bare pread, float32": lambda: self.bare_rows(rows)}
+        readers["per_image file"] = self.read_files
         readers |= {f"store, {name}": (lambda store=store: self.read_store(store)) for name, store in stores.items()}
         self.compare("read at random", readers, "np.load")
         verify = {"np.load of everything": self.load, "per_image": self.verify_files}
         verify |= {f"packed {bits}": (lambda bits=bits: self.verify_packed(bits)) for bits in ("16", "32")}
         self.compare("verify", verify, "np.load of everything")
+        for bits in ("16", "32"):
+            name = f"np.load of packed {bits}"
+            contenders = {
+                name: lambda bits=bits: self.load_packed(bits),
+                f"packed {bits}": lambda bits=bits: self.verify_packed(bits),
+            }
+            self.compare("verify", contenders, name)
 
     def compare(self, what: str, contenders: dict[str, Callable[[], None]], rival: str) -> None:
         wall: dict[str, list[float]] = {name: [] for name in contenders}
@@ -89,7 +105,7 @@ class Comparison:
             print(f"| {self.size} | {what}: {name} | {us:.1f} | {cpu_us:.1f} | {spread} |", flush=True)
 
     def clear(self, name: str) -> None:
-        folders = {"np.savez": "numpy/danbooru", "per_image": "ours/danbooru"}
+        folders = {"np.savez": "numpy/danbooru", "per_image": "ours/danbooru", BARE: "bare/danbooru"}
         path = self.folder / folders.get(name, name.replace("packed float", "packed"))
         shutil.rmtree(path)
         path.mkdir()
@@ -102,6 +118,14 @@ class Comparison:
                 original_size=np.array([item.original_width_px, item.original_height_px]),
                 crop_ltrb=np.array(item.crop_ltrb),
             )
+
+    def bare_files(self) -> None:
+        for key, data in zip(self.keys, self.data, strict=True):
+            path = f"{self.folder}/bare/{key}"
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.write(handle, data)
+            os.close(handle)
+            os.rename(path, f"{path}.npz")
 
     def per_image(self) -> None:
         folder = self.folder / "ours"
@@ -148,6 +172,27 @@ class Comparison:
             with np.load(self.folder / "numpy" / f"{self.keys[number]}.npz") as file:
                 _ = file["latents"], file["original_size"], file["crop_ltrb"]
 
+    def open_rows(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Handle, place and shape of each picture's row in the packed float32 files."""
+        found: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())] * self.size
+        for path, rows, _ in self.files:
+            handle = os.open(self.folder / "packed32" / path, os.O_RDONLY)
+            for at, picture in enumerate(rows):
+                latents = self.records[picture].latents
+                found[picture] = handle, at * latents.nbytes + HEAD_BYTES, latents.shape
+        return found
+
+    def bare_rows(self, rows: list[tuple[int, int, tuple[int, ...]]]) -> None:
+        for number in self.order:
+            handle, start, shape = rows[number]
+            os.preadv(handle, [np.empty(shape, np.float32).data], start)
+
+    def load_packed(self, bits: str) -> None:
+        for path, _, _ in self.files:
+            with np.load(self.folder / f"packed{bits}" / path) as file:
+                for name in file.files:
+                    _ = file[name]
+
     def read_files(self) -> None:
         for number in self.order:
             read_per_image(self.folder / "ours" / f"{self.keys[number]}.npz")
@@ -167,6 +212,7 @@ class Comparison:
 
 
 SIDES = ("width", "height")
+HEAD_BYTES = 189  # in front of the first row
 
 
 def record(rng: np.random.Generator, shape: tuple[int, int]) -> LatentRecord:

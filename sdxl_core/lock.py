@@ -69,6 +69,32 @@ def output_lock(folder: Path, *, purpose: str, wait_s: float = 0.0) -> Iterator[
         )
 
 
+def held_token(folder: Path) -> str:
+    """What `still_held` asks for, in any process that works for this one; "" where this process does not hold it."""
+    with _held_guard:
+        held = _held.get(folder.resolve())
+        return "" if held is None else held.token
+
+
+@contextmanager
+def still_held(folder: Path, token: str) -> Iterator[None]:
+    """Nobody takes the folder over while the (short) block runs, so that no two ever record in it.
+
+    Args:   token: of the lock that is worked under; "" for a caller who needs none.
+    Raises: LockedError: somebody took it over before, while this machine slept or was cut off from the file system.
+    """
+    if not token:
+        yield
+        return
+    with folder_guard(folder.resolve()):
+        if (_read(folder.resolve() / LOCK_NAME) or {}).get("token") != token:
+            raise LockedError(
+                f"{folder}: another process took over, or deleted the lock, while this one was stopped for over a "
+                f"minute. Nothing was recorded since; run the same command again, it continues where the other stops."
+            )
+        yield
+
+
 def _enter(key: Path, purpose: str, wait_s: float) -> _Held:
     with _held_guard:
         held = _held.get(key)

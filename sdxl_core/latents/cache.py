@@ -12,14 +12,15 @@ from pathlib import Path
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.devices import SlotDied, Slots
 from sdxl_core.engines import open_slots, works_here
-from sdxl_core.files import remove_stale_partials, write_atomic
+from sdxl_core.files import remove_stale_partials
 from sdxl_core.latents.join import join_latents
 from sdxl_core.latents.ledger import LEDGER, OPEN, ShardLedger, read_summary
 from sdxl_core.latents.plan import STAGE, LatentPlan
 from sdxl_core.latents.plan import plan_latents as _plan_latents
 from sdxl_core.latents.rows import LEDGER_FOLDER, shard_file
+from sdxl_core.latents.settings import remember_config
 from sdxl_core.latents.shards import shard_is_finished
-from sdxl_core.lock import output_lock
+from sdxl_core.lock import held_token, output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentSetRef, LatentShardRef, ShardRef
 
@@ -37,7 +38,6 @@ __all__ = [
 
 ATTEMPTS = 4
 WATCH_EVERY_S = 2.0
-CONFIG = "config.json"
 
 
 def cache_latents(config: CacheLatentsConfig, *, progress: Progress = no_progress) -> LatentSetRef:
@@ -76,19 +76,17 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
     plan = _plan_latents(config)
     for folder in (config.out, config.out / "latents" / LEDGER_FOLDER):
         remove_stale_partials(folder, name="*")
-    path, text = config.out / "latents" / LEDGER_FOLDER / CONFIG, config.model_dump_json(indent=2).encode()
-    if not (path.exists() and path.read_bytes() == text):
-        write_atomic(path, text)
+    remember_config(config)
     return plan
 
 
 def encode_shard(
-    shard: ShardRef, config: CacheLatentsConfig, device: str, *, progress: Progress = no_progress
+    shard: ShardRef, config: CacheLatentsConfig, device: str, lock: str, *, progress: Progress = no_progress
 ) -> LatentShardRef:
     """As `encode.encode_shard`, which is imported only where there is something to encode: torch takes seconds."""
     from sdxl_core.latents import encode
 
-    return encode.encode_shard(shard, config, device, progress=progress)
+    return encode.encode_shard(shard, config, device, lock, progress=progress)
 
 
 def _encode_here(left: list[ShardRef], plan: LatentPlan, config: CacheLatentsConfig, progress: Progress) -> None:
@@ -98,7 +96,7 @@ def _encode_here(left: list[ShardRef], plan: LatentPlan, config: CacheLatentsCon
         def report(stage: str, done: int, total: int, note: str = "", *, before: int = before) -> None:
             progress(stage, before + done, plan.num_seen, note)
 
-        encode_shard(shard, config, "cpu", progress=report)
+        encode_shard(shard, config, "cpu", held_token(config.out / "latents"), progress=report)
         before += shard.stop - shard.start
 
 
@@ -111,7 +109,7 @@ def encode_shard_in_slots(shard: ShardRef, config: CacheLatentsConfig, slots: Sl
     while True:
         try:
             with slots.checkout() as slot:
-                return slot.run(encode_shard, shard, config, slot.device)
+                return slot.run(encode_shard, shard, config, slot.device, held_token(config.out / "latents"))
         except SlotDied:
             before, size = size, _size(shard)
             deaths = 1 if size != before else deaths + 1

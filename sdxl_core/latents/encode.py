@@ -31,6 +31,7 @@ from sdxl_core.latents.ledger import (
 from sdxl_core.latents.quarantine import Attempts
 from sdxl_core.latents.rows import ShardRows
 from sdxl_core.latents.shards import TRIED_AGAIN, reference, settled, shard_is_finished
+from sdxl_core.lock import still_held
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentShardRef, ShardRef
 
@@ -43,19 +44,19 @@ _NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def encode_shard(
-    shard: ShardRef, config: CacheLatentsConfig, device: str, *, progress: Progress = no_progress
+    shard: ShardRef, config: CacheLatentsConfig, device: str, lock: str, *, progress: Progress = no_progress
 ) -> LatentShardRef:
     """Encode what the shard's ledger does not know yet. The caller holds the output's lock.
 
-    Args:   device: `cpu`, or a card's number, which this process sees as cuda:0.
+    Args:   device: `cpu`, or a card's number, which this process sees as cuda:0.   lock: see `still_held`.
     Raises: ShardError: the shard's listing is gone.   ConfigError: a folder that pictures are in is gone.
-            DiskFullError: everything committed before is kept.
+            LockedError: the lock was lost.   DiskFullError.   Everything committed before is kept.
     """
     done = shard_is_finished(shard, config)
     if done is not None:
         progress("latents", done.num_seen, done.num_seen)
         return done
-    _ShardEncoder(shard, config, device, progress).run()
+    _ShardEncoder(shard, config, device, lock, progress).run()
     summary = read_summary(shard.path)
     if summary is None:
         raise ShardError(f"{shard.path}: its ledger was changed meanwhile. Run cache-latents again.")
@@ -65,8 +66,9 @@ def encode_shard(
 class _ShardEncoder:
     """One run over a shard's open rows."""
 
-    def __init__(self, shard: ShardRef, config: CacheLatentsConfig, device: str, progress: Progress) -> None:
+    def __init__(self, shard: ShardRef, config: CacheLatentsConfig, device: str, lock: str, progress: Progress) -> None:
         self._shard, self._config, self._device, self._progress = shard, config, device, progress
+        self._lock = lock
         self._context = copy_context()  # the caller's run, in its artifacts: progress is told from another thread
         self._latents = config.out / "latents"
         self._rows = ShardRows.open(shard.path)
@@ -104,7 +106,12 @@ class _ShardEncoder:
         elapsed = time.monotonic() - started
         report["images_per_s"] = before / elapsed if elapsed else 0.0
         self._attempts.forget()  # first: a shard that is closed is not looked at again
-        self._ledger.close(report | {"device": self._device})
+        with still_held(self._latents, self._lock):
+            self._ledger.close(report | {"device": self._device})
+
+    def _check_lock(self) -> None:
+        with still_held(self._latents, self._lock):
+            pass  # files that another process has recorded are not written over
 
     def _check_roots(self) -> None:
         for root in self._rows.roots or (self._config.source,):
@@ -157,6 +164,7 @@ class _ShardEncoder:
 
     def _commit(self, group: EncodedGroup) -> None:
         """Write, sync, record. Called by the engine for one group after the other."""
+        self._check_lock()
         rows_of = self._keys.pop(group.number)
         state = self._ledger.columns["state"]
         rejected = {rows_of[key]: Rejection(reason, detail) for key, reason, detail in group.rejected}
@@ -178,21 +186,21 @@ class _ShardEncoder:
             self._written.clear()
         rejected = {row: why for row, why in sorted(rejected.items()) if state[row] == OPEN}
         sync_files([self._latents / path for path, _ in files])
-        self._ledger.commit(
-            CommitGroup(
-                number=group.number,
-                files=[self._as_written(path, written) for path, written in files],
-                rows=[row for row, _ in encoded],
-                file=file,
-                at=at,
-                crc32=checksums,
-                bucket=[(e.bucket.width_px, e.bucket.height_px) for _, e in encoded],
-                size=[(e.record.original_width_px, e.record.original_height_px) for _, e in encoded],
-                crop=[e.record.crop_ltrb for _, e in encoded],
-                rejected=rejected,
-                notes=list(group.notes),
-            )
+        record = CommitGroup(
+            number=group.number,
+            files=[self._as_written(path, written) for path, written in files],
+            rows=[row for row, _ in encoded],
+            file=file,
+            at=at,
+            crc32=checksums,
+            bucket=[(e.bucket.width_px, e.bucket.height_px) for _, e in encoded],
+            size=[(e.record.original_width_px, e.record.original_height_px) for _, e in encoded],
+            crop=[e.record.crop_ltrb for _, e in encoded],
+            rejected=rejected,
+            notes=list(group.notes),
         )
+        with still_held(self._latents, self._lock):
+            self._ledger.commit(record)
         self._attempts.committed(group.number)
         done = self._rows.num_rows - len(self._ledger.rows(OPEN))
         self._context.run(self._progress, "latents", done, self._rows.num_rows)
@@ -200,6 +208,7 @@ class _ShardEncoder:
     def _write(self, number: int, batch: Sequence[EncodedPicture]) -> None:
         """One file a picture; what the file system has no name for is rejected. Called by the engine before `_commit`,
         so that a group's end has little left to do: the device waits for it."""
+        self._check_lock()
         for item in batch:
             row = self._keys[number][item.picture.key]
             if self._ledger.columns["state"][row] != OPEN:

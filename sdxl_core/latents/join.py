@@ -23,6 +23,7 @@ from sdxl_core.latents.metadata import Block, blocks
 from sdxl_core.latents.plan import STAGE, LatentPlan
 from sdxl_core.latents.rows import LEDGER_FOLDER
 from sdxl_core.latents.tables import checked_json, parse_checked
+from sdxl_core.lock import held_token, still_held
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import FileRef, LatentSetRef, ShardRef
 from sdxl_core.rejected import Rejected, count_reasons, read_rejected, rejected_line, update_rejected
@@ -171,6 +172,8 @@ class _Join:
             out.write(b"\n}")
             digest.update(b"\n}")
             index.finish(metadata_sha256=digest.hexdigest())
+            with still_held(self._latents, held_token(self._latents)):
+                pass  # what follows gives files their names
         status = path.stat() if self._num_kept else None
         is_now = [status.st_size, status.st_mtime_ns] if status else [0, 0]
         return self._result(digest.hexdigest(), is_now)

@@ -82,7 +82,7 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
     fingerprint = check_settings(config)
     metadata_is = _look_at(config.metadata)
     root_map = [part for pair in sorted(config.root_map.items()) for part in pair]
-    digest = digest_of(FORMAT, fingerprint, source_digest, *metadata_is, str(config.metadata), *root_map)
+    digest = digest_of(FORMAT, fingerprint, source_digest, *metadata_is, str(config.metadata.absolute()), *root_map)
     folder = config.out / "latents" / LEDGER_FOLDER
     return last_plan(folder, digest=digest) or _new_plan(config, source, fingerprint, digest, metadata_is)
 

@@ -14,7 +14,7 @@ from sdxl_core.files import digest_of, write_atomic
 from sdxl_core.latents.rows import ENDING, FORMAT, LEDGER_FOLDER
 from sdxl_core.latents.tables import checked_json, parse_checked, read_words
 
-VAE = "vae.json"
+VAE, CONFIG = "vae.json", "config.json"
 
 # Settings that change what is stored; the others only change how fast it is made.
 SHAPING = (
@@ -79,9 +79,9 @@ def _looks_of(vae: str) -> str:
         preset = Path(__file__).parents[1] / "models" / "configs" / "tiny" / "vae.json"
         versions = (importlib.metadata.version(name) for name in ("torch", "diffusers"))
         return digest_of(preset.read_bytes(), *versions)
-    path = Path(vae)
+    path = Path(vae).absolute()
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return digest_of(vae, *(f"{file}|{file.stat().st_size}|{file.stat().st_mtime_ns}" for file in files))
+    return digest_of(str(path), *(f"{file}|{file.stat().st_size}|{file.stat().st_mtime_ns}" for file in files))
 
 
 def settings_path(latents: Path) -> Path:
@@ -106,6 +106,31 @@ def read_settings(latents: Path) -> dict[str, Any]:
             f"or delete {latents} and encode again."
         )
     return stored
+
+
+def remember_config(config: CacheLatentsConfig) -> None:
+    """Keep what a set was last made with, for whoever goes on with it from another folder (`verify --repair`)."""
+    paths = {name: getattr(config, name) for name in ("source", "manifest", "metadata", "out")}
+    absolute: dict[str, Path | str] = {name: path.absolute() for name, path in paths.items() if path is not None}
+    if config.vae != "tiny" and Path(config.vae).exists():
+        absolute["vae"] = str(Path(config.vae).absolute())
+    path = config.out / "latents" / LEDGER_FOLDER / CONFIG
+    text = config.model_copy(update=absolute).model_dump_json(indent=2).encode()
+    if not (path.exists() and path.read_bytes() == text):
+        write_atomic(path, text)
+
+
+def stored_config(latents: Path) -> CacheLatentsConfig:
+    """What the set was last made with, its place as it is now. Raises: DataError: not known."""
+    path = latents / LEDGER_FOLDER / CONFIG
+    try:
+        config = CacheLatentsConfig.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(
+            f"{path}: gone or damaged, so it is not known how to encode again what is bad. Run cache-latents with its "
+            f"parameters instead: it encodes what was taken out."
+        ) from error
+    return config.model_copy(update={"out": latents.parent})
 
 
 def fingerprint_of(settings: dict[str, Any]) -> str:

@@ -68,19 +68,23 @@ class LatentStore:
 
     def read(self, key: str) -> LatentRecord:
         """A key's latents. Raises: ShardError: none, torn, or other content than was committed."""
-        return read_per_image(self._found(key)) if self._index is None else self.read_row(self._known(key))
+        return read_per_image(self._found(key)) if self._index is None else self._read_row(self._known(key), key)
 
     def read_row(self, number: int) -> LatentRecord:
         """The latents of a row of the index, without looking its key up. Raises: as `read`."""
+        assert self._index is not None
+        return self._read_row(number, self._index.key(number))
+
+    def _read_row(self, number: int, key: str) -> LatentRecord:
         assert self._index is not None
         name, row, crc32 = self._index.place(number)
         path = self._prefix + name
         if row < 0:
             return read_per_image(path, expected_crc32=crc32)
         packed = self._packed(path)
-        if row >= packed.num_rows or packed.row_crc32s[row] != crc32 or packed.key(row) != self._index.key(number):
+        if row >= packed.num_rows or packed.row_crc32s[row] != crc32 or packed.key(row) != key:
             raise ShardError(
-                f"{path}: row {row} holds other latents than were committed for {self._index.key(number)!r}. Run "
+                f"{path}: row {row} holds other latents than were committed for {key!r}. Run "
                 f"`sdxl-flows verify` with --repair on this cache: it encodes exactly what is damaged again."
             )
         return packed.row(row)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
 from sdxl_core.errors import ConfigError, DataError, ShardError
 from sdxl_core.files import sha256_file, write_atomic
-from sdxl_core.latents.cache import CONFIG, cache_latents
+from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.formats import PackedFile, read_per_image
 from sdxl_core.latents.formats.record import is_finite
 from sdxl_core.latents.index import INDEX_END, LatentIndex
@@ -28,7 +28,7 @@ from sdxl_core.latents.ledger import KEPT, REMOVED, SUMMARY, LatentFile, ShardLe
 from sdxl_core.latents.matching import NameTable
 from sdxl_core.latents.plan import PLAN, last_plan
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, shard_file
-from sdxl_core.latents.settings import fingerprint_of, read_settings
+from sdxl_core.latents.settings import fingerprint_of, read_settings, stored_config
 from sdxl_core.latents.tables import parse_checked, read_table, read_words
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
@@ -91,19 +91,6 @@ def latents_folder(path: Path) -> Path:
             return folder
     read_settings(path if path.name == "latents" else path / "latents")
     raise AssertionError(path)
-
-
-def stored_config(latents: Path) -> CacheLatentsConfig:
-    """What the set was last made with, its place as it is now. Raises: DataError: not known."""
-    path = latents / LEDGER_FOLDER / CONFIG
-    try:
-        config = CacheLatentsConfig.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"{path}: gone or damaged, so it is not known how to encode again what is bad. Run cache-latents with its "
-            f"parameters instead: it encodes what was taken out."
-        ) from error
-    return config.model_copy(update={"out": latents.parent})
 
 
 def _check_sources(config: CacheLatentsConfig) -> None:

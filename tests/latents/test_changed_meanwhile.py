@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
-from support.latent_sets import collection, contents
+import torch
+from support.latent_sets import collection, committed, contents, snapshot
 from support.pictures import encoded, picture
 from support.tars import write_tar
 
@@ -16,13 +19,16 @@ from sdxl_core.catalog.build import build_catalog
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
 from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
 from sdxl_core.devices import Slots
-from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.errors import ConfigError, DataError, LockedError
 from sdxl_core.latents import cache, encode
 from sdxl_core.latents import plan as planning
 from sdxl_core.latents.cache import cache_latents, encode_shard, join_latents, plan_latents
+from sdxl_core.latents.engine import Engine
 from sdxl_core.latents.index import LatentIndex
 from sdxl_core.latents.metadata import blocks
+from sdxl_core.latents.vae import EncodeFunction, load_encoder
 from sdxl_core.latents.verify import remove_latents, verify_latents
+from sdxl_core.lock import LOCK_NAME, held_token, output_lock
 from sdxl_core.rejected import read_rejected
 
 
@@ -36,7 +42,7 @@ def test_metadata_that_changes_while_latents_are_made_is_told_and_not_joined(mak
     config = make_job(collection(6))
     plan = plan_latents(config)
     for shard in plan.shards:
-        encode_shard(shard, config, "cpu")
+        encode_shard(shard, config, "cpu", "")
     reorder(config)
     with pytest.raises(DataError, match=r"meta.json: was changed .* Run the same command again"):
         join_latents(config, plan)
@@ -53,7 +59,7 @@ def test_metadata_that_was_only_copied_is_joined(make_job: Any) -> None:
     config = make_job(collection(4))
     plan = plan_latents(config)
     for shard in plan.shards:
-        encode_shard(shard, config, "cpu")
+        encode_shard(shard, config, "cpu", "")
     config.metadata.write_bytes(config.metadata.read_bytes())
     assert join_latents(config, plan).num_kept == 4
 
@@ -105,7 +111,7 @@ def test_a_picture_that_could_not_be_read_is_encoded_once_it_can(make_job: Any, 
     plan = plan_latents(config)
     (config.source / "000.png").rename(config.out / "elsewhere.png")
     for shard in plan.shards:
-        encode_shard(shard, config, "cpu")
+        encode_shard(shard, config, "cpu", "")
     (config.out / "elsewhere.png").rename(config.source / "000.png")
     ref = cache_latents(config)
     assert (ref.num_kept, ref.num_rejected) == (whole.num_kept, whole.num_rejected)
@@ -126,7 +132,7 @@ def test_a_source_that_vanishes_while_it_is_read_rejects_nothing(make_job: Any) 
                 check(self)
 
         patch.setattr(encode._ShardEncoder, "_check_roots", only_later)
-        encode_shard(plan.shards[0], config, "cpu")
+        encode_shard(plan.shards[0], config, "cpu", "")
     config.source.with_name("unplugged").rename(config.source)
     assert cache_latents(config).num_rejected == 0
 
@@ -144,7 +150,7 @@ def test_a_tar_that_is_replaced_gives_no_other_picture(make_job: Any, tmp_path: 
     write_tar(tar, list(zip(reversed(names), reversed(pictures), strict=True)))
     os.utime(tar, ns=(1, 1))
     with pytest.raises(DataError, match="Build the catalog again"):
-        encode_shard(plan.shards[0], config, "cpu")
+        encode_shard(plan.shards[0], config, "cpu", "")
 
 
 @pytest.mark.parametrize("options", [{"npz_naming": "size"}, {"npz_naming": "stem"}, {"layout": "packed"}])
@@ -205,3 +211,46 @@ def test_a_file_in_the_place_of_the_output_is_told(make_job: Any) -> None:
     config = make_job(collection(2))
     with pytest.raises(ConfigError, match="cannot be made a folder"):
         cache_latents(config.model_copy(update={"out": config.metadata}))
+
+
+@pytest.mark.parametrize("layout", ["per_image", "packed"])
+def test_who_lost_the_lock_records_nothing_more(make_job: Any, monkeypatch: Any, layout: str) -> None:
+    """A machine that slept for an hour: another process took over, and this one is in the middle of a group."""
+    config = make_job(collection(12), commit_size=4, batch_size=2, layout=layout)
+    calm = config.model_copy(update={"out": config.out.parent / "calm"})
+    cache_latents(calm)
+    lock = config.out / "latents" / LOCK_NAME
+    encoded: list[int] = []
+
+    def load(vae: str, dtype: str, device: torch.device) -> EncodeFunction:
+        encode_pixels = load_encoder(vae, dtype, device)
+
+        def taken_over(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            encoded.append(len(pixels))
+            if sum(encoded) > 4:
+                lock.write_bytes(orjson.dumps({"token": "of another", "host": "elsewhere"}))
+            return encode_pixels(pixels)
+
+        return taken_over
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "Engine", partial(Engine, load=load))
+        with pytest.raises(LockedError, match=r"took over.*Nothing was recorded since"):
+            cache_latents(config)
+    assert committed(config.out) == 4 and sum(encoded) < 12
+    assert orjson.loads(lock.read_bytes())["token"] == "of another", "it is not ours to remove"
+    lock.unlink()
+    cache_latents(config)
+    assert snapshot(config.out) == snapshot(calm.out)
+
+
+def test_a_process_that_works_for_another_goes_by_the_lock_of_that_one(make_job: Any) -> None:
+    config = make_job(collection(3))
+    with output_lock(config.out / "latents", purpose="test"):
+        (shard,) = plan_latents(config).shards
+        with pytest.raises(LockedError, match="took over"):
+            encode_shard(shard, config, "cpu", "the token of a lock that was lost")
+        assert committed(config.out) == 0
+        token = held_token(config.out / "latents")
+        assert encode_shard(shard, config, "cpu", token).num_kept == 3
+    assert held_token(config.out / "latents") == ""

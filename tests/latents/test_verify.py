@@ -15,8 +15,15 @@ from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLate
 from sdxl_core.errors import DataError, SdxlFlowsError, ShardError
 from sdxl_core.latents import LatentStore
 from sdxl_core.latents.cache import cache_latents
-from sdxl_core.latents.formats import write_per_image
-from sdxl_core.latents.ledger import LatentFile, ShardLedger
+from sdxl_core.latents.formats import (
+    LatentRecord,
+    PackedFile,
+    WrittenFile,
+    read_per_image,
+    write_packed,
+    write_per_image,
+)
+from sdxl_core.latents.ledger import CommitGroup, LatentFile, ShardLedger
 from sdxl_core.latents.rows import ShardRows
 from sdxl_core.latents.verify import remove_latents, verify_latents
 
@@ -142,19 +149,45 @@ def test_damaged_lists_of_ours_are_found_and_made_again(mine: CacheLatentsConfig
 
 
 def test_values_that_are_not_finite_are_found_though_all_checksums_fit(mine: CacheLatentsConfig) -> None:
-    if mine.layout == "packed":
-        pytest.skip("one way to write such a file is enough")
     listing = sorted((mine.out / "latents" / ".ledger").glob("*.rows.arrow"))[0]
     ledger = ShardLedger.read(listing, ShardRows.open(listing).num_rows)
     file = ledger.files[0]
-    record = LatentStore(mine.out / "latents").read(file.path.removesuffix(".npz"))
+    path = mine.out / "latents" / file.path
+    if mine.layout == "packed":
+        packed = PackedFile(path)
+        keys, records = packed.keys, [packed.row(row) for row in range(packed.num_rows)]
+        records[-1] = with_nan(records[-1])
+        written = write_packed(path, keys, records, mine.packed_dtype)
+    else:
+        keys, records = [file.path.removesuffix(".npz")], [with_nan(read_per_image(path))]
+        written = write_per_image(path, records[0])
+    rows = np.flatnonzero(ledger.columns["file"] == 0).tolist()
+    bad = rows[-1:]
+    assert len(rows) == len(keys)
+    record_again(
+        ledger, rows, LatentFile(file.path, written.num_bytes, path.stat().st_mtime_ns, written.crc32), written
+    )
+    with pytest.raises(ShardError, match="not finite" if mine.layout == "per_image" else "1 of its rows are damaged"):
+        verify_latents(VerifyLatentsConfig(path=mine.out))
+    findings = (mine.out / "latents" / ".ledger" / "verify.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in findings]
+    assert [one["keys"] for one in found if one["file"] == file.path] == [
+        ShardRows.open(listing).table["key"].take(bad).to_pylist()
+    ]
+
+
+def with_nan(record: LatentRecord) -> LatentRecord:
     latents = record.latents.copy()
     latents[0, 0, 0] = np.nan
-    path = mine.out / "latents" / file.path
-    written = write_per_image(path, dataclasses.replace(record, latents=latents))
-    ledger.move([LatentFile(file.path, written.num_bytes, path.stat().st_mtime_ns, written.crc32)], [0], [0], [-1])
-    with pytest.raises(ShardError, match="not finite"):
-        verify_latents(VerifyLatentsConfig(path=mine.out))
+    return dataclasses.replace(record, latents=latents)
+
+
+def record_again(ledger: ShardLedger, rows: list[int], file: LatentFile, written: WrittenFile) -> None:
+    """A line as if the rows had been committed with what was written now."""
+    columns = {name: ledger.columns[name][rows].tolist() for name in ("at", "bucket", "size", "crop")}
+    ledger.commit(
+        CommitGroup(number=0, files=[file], rows=rows, file=[0] * len(rows), crc32=list(written.row_crc32s), **columns)
+    )
 
 
 def test_removed_pictures_are_gone_until_they_are_wanted_again(mine: CacheLatentsConfig) -> None:
@@ -212,6 +245,20 @@ def test_a_repair_without_its_source_takes_nothing_out(mine: CacheLatentsConfig)
         verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
     after = snapshot(mine.out / "latents")
     assert {name: after[name] for name in after if "verify.jsonl" not in name} == before
+
+
+def test_a_set_made_with_relative_paths_is_repaired_from_any_folder(make_job: Any, monkeypatch: Any) -> None:
+    config = make_job(collection(5))
+    folder = config.source.parent
+    monkeypatch.chdir(folder)
+    places = {name: getattr(config, name).relative_to(folder) for name in ("source", "metadata", "out")}
+    cache_latents(config.model_copy(update=places))
+    right = snapshot(config.out)
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    flip(config.out / "latents" / "001.npz", 400)
+    ref = verify_latents(VerifyLatentsConfig(path=Path("../out"), repair=True))
+    assert ref.num_repaired == 1 and snapshot(config.out) == right
 
 
 def test_a_damaged_plan_is_found_wherever_it_is_damaged(mine: CacheLatentsConfig) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from sdxl_core.config import CacheLatentsConfig, ConvertLatentsConfig
+from sdxl_core.config import ConvertLatentsConfig
 from sdxl_core.errors import ConfigError, ShardError
 from sdxl_core.files import write_atomic
-from sdxl_core.latents.cache import CONFIG
 from sdxl_core.latents.convert.groups import GroupWriter, Item
 from sdxl_core.latents.convert.reindex import Move, rewrite_index
 from sdxl_core.latents.formats import LatentRecord, PackedFile, read_per_image
@@ -22,7 +21,14 @@ from sdxl_core.latents.formats.packed import PackedDtype
 from sdxl_core.latents.index import LatentIndex
 from sdxl_core.latents.ledger import KEPT, OPEN, REJECTED, REMOVED, LatentFile, ShardLedger
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, write_rows
-from sdxl_core.latents.settings import fingerprint_of, read_settings, settings_path
+from sdxl_core.latents.settings import (
+    CONFIG,
+    fingerprint_of,
+    read_settings,
+    remember_config,
+    settings_path,
+    stored_config,
+)
 from sdxl_core.latents.verify import latents_folder
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
@@ -95,13 +101,11 @@ def _remember(latents: Path, settings: dict[str, Any]) -> str:
 
 def _copy_config(config: ConvertLatentsConfig, source: Path, dtype: PackedDtype) -> None:
     """What the set was made with, for cache-latents and `verify --repair` to continue the new one."""
-    path = source / LEDGER_FOLDER / CONFIG
-    if path.exists():
+    if (source / LEDGER_FOLDER / CONFIG).exists():
         values: dict[str, Any] = {"layout": config.layout, "npz_naming": config.npz_naming, "out": config.out}
         if config.layout == "packed":
             values["packed_dtype"] = dtype
-        made = CacheLatentsConfig.model_validate_json(path.read_bytes()).model_copy(update=values)
-        write_atomic(config.out / "latents" / LEDGER_FOLDER / CONFIG, made.model_dump_json(indent=2).encode())
+        remember_config(stored_config(source).model_copy(update=values))
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import write_vectored
-from sdxl_core.latents.formats.checksum import crc32
+from sdxl_core.latents.formats.checksum import crc32, crc32_each, joined
 from sdxl_core.latents.formats.record import LatentRecord, Latents, Scratch, WrittenFile, cast, is_finite
 from sdxl_core.latents.formats.zipstore import (
     CENTRAL,
@@ -58,36 +58,25 @@ def write_packed(path: Path, keys: Sequence[str], records: Sequence[LatentRecord
     names = [name for name, _ in rows[0]]
     shapes = [(array.dtype.str, array.shape) for _, array in rows[0]]
     checksums: list[int] = []
+    totals = [0] * len(names)
     for key, row in zip(keys, rows, strict=True):
         if [name for name, _ in row] != names or [(array.dtype.str, array.shape) for _, array in row] != shapes:
             raise DataError(f"{path}: {key!r} has other arrays or another bucket than {keys[0]!r}. Pack it elsewhere.")
         checksum = 0
-        for _, array in row:
-            checksum = crc32(array, checksum)
+        for number, one in enumerate(crc32_each(array for _, array in row)):
+            checksum = joined(checksum, one, row[number][1].nbytes)
+            totals[number] = joined(totals[number], one, row[number][1].nbytes)
         checksums.append(checksum)
     payloads: list[list[Any]] = [[row[number][1] for row in rows] for number in range(len(names))]
     specs: list[Spec] = [(name, dtype, (len(rows), *shape)) for name, (dtype, shape) in zip(names, shapes, strict=True)]
-    for name, array in _small_arrays(keys, records, checksums):
-        payloads.append([array])
-        specs.append((name, array.dtype.str, array.shape))
-    return _write(path, plan_layout(specs), payloads, checksums)
-
-
-def _write(path: Path, layout: ZipLayout, payloads: list[list[Any]], row_crc32s: list[int]) -> WrittenFile:
-    pieces: list[Any] = []
-    checksums: list[int] = []
-    for member, payload in zip(layout.members, payloads, strict=True):
-        checksum = member.npy_crc32
-        for array in payload:
-            checksum = crc32(array, checksum)
-        checksums.append(checksum)
-        pieces += [member.head(checksum), *payload]
-    pieces.append(layout.tail(checksums))
-    write_vectored(path, pieces)
-    whole = 0
-    for piece in pieces:
-        whole = crc32(piece, whole)
-    return WrittenFile(num_bytes=layout.num_bytes, crc32=whole, row_crc32s=tuple(row_crc32s))
+    small = _small_arrays(keys, records, checksums)
+    payloads += [[array] for _, array in small]
+    specs += [(name, array.dtype.str, array.shape) for name, array in small]
+    layout = plan_layout(specs)
+    heads, tail, whole = layout.around([*totals, *crc32_each(array for _, array in small)])
+    pieces = [piece for head, payload in zip(heads, payloads, strict=True) for piece in (head, *payload)]
+    write_vectored(path, [*pieces, tail])
+    return WrittenFile(num_bytes=layout.num_bytes, crc32=whole, row_crc32s=tuple(checksums))
 
 
 def _row_arrays(
@@ -240,9 +229,10 @@ class PackedFile:
             row = np.empty(member.shape[1:], member.dtype)
             for number in range(self.num_rows):
                 self._read(row, member.start, number)
-                row_crc32s[number] = crc32(row, row_crc32s[number])
-                checksum = crc32(row, checksum)
-                whole = crc32(row, whole)
+                found = crc32(row)
+                row_crc32s[number] = joined(row_crc32s[number], found, row.nbytes)
+                checksum = joined(checksum, found, row.nbytes)
+                whole = joined(whole, found, row.nbytes)
                 if not is_finite(row):
                     infinite.add(number)
             is_damaged |= checksum != recorded or head != member.head(recorded)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from sdxl_core.errors import ShardError
 from sdxl_core.files import write_vectored
-from sdxl_core.latents.formats.checksum import crc32
+from sdxl_core.latents.formats.checksum import crc32, crc32_each, joined
 from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, cast
-from sdxl_core.latents.formats.zipstore import END, Spec, ZipLayout, parse_npy_header, zip_layout
+from sdxl_core.latents.formats.zipstore import END, LOCAL_CRC, Spec, ZipLayout, parse_npy_header, zip_layout
 
 Naming = Literal["stem", "size"]
 REPAIR = "Delete it and run cache-latents again: only what is missing is encoded."
@@ -49,16 +49,9 @@ def write_per_image(path: Path, record: LatentRecord) -> WrittenFile:
     """
     arrays = _arrays(record)
     layout = zip_layout(tuple((name, array.dtype.str, array.shape) for name, array in arrays))
-    pieces: list[Any] = []
-    checksums: list[int] = []
-    for member, (_, array) in zip(layout.members, arrays, strict=True):
-        checksums.append(crc32(array, member.npy_crc32))
-        pieces += [member.head(checksums[-1]), array]
-    pieces.append(layout.tail(checksums))
-    write_vectored(path, pieces)
-    checksum = 0
-    for piece in pieces:
-        checksum = crc32(piece, checksum)
+    heads, tail, checksum = layout.around(crc32_each(array for _, array in arrays))
+    pieces: list[Any] = [piece for head, (_, array) in zip(heads, arrays, strict=True) for piece in (head, array)]
+    write_vectored(path, [*pieces, tail])
     return WrittenFile(num_bytes=layout.num_bytes, crc32=checksum, row_crc32s=(checksum,))
 
 
@@ -86,7 +79,7 @@ def inspect_per_image(path: Path | str) -> tuple[LatentRecord, WrittenFile]:
     """As `read_per_image` with `exact`, and what `write_per_image` would have said of the file."""
     data = _read_whole(path)
     checksum = crc32(data)
-    record = _parse(path, data, checksum, exact=True)
+    record = _parse(path, data, None, exact=True)
     return record, WrittenFile(num_bytes=len(data), crc32=checksum, row_crc32s=(checksum,))
 
 
@@ -94,7 +87,7 @@ def _parse(path: Path | str, data: NDArray[np.uint8], expected_crc32: int | None
     if expected_crc32 is not None and crc32(data) != expected_crc32:
         raise ShardError(f"{path}: holds other bytes than were committed. {REPAIR}")
     layout = _layout_of(len(data), data[FIRST_HEADER].tobytes())
-    if layout is not None and _is_whole(data, layout):
+    if layout is not None and _is_whole(data, layout, sums_are_checked=expected_crc32 is not None):
         arrays = {m.name: data[m.start : m.stop].view(m.dtype).reshape(m.shape) for m in layout.members}
     else:
         arrays = _foreign_arrays(path, data)
@@ -161,12 +154,21 @@ def _specs(channels: int, height: int, width: int, optional: list[str]) -> tuple
     )
 
 
-def _is_whole(data: NDArray[np.uint8], layout: ZipLayout) -> bool:
-    """Whether all checksums fit and everything besides the arrays is what it must be."""
-    checksums = [crc32(data[m.start : m.stop], m.npy_crc32) for m in layout.members]
+def _is_whole(data: NDArray[np.uint8], layout: ZipLayout, *, sums_are_checked: bool) -> bool:
+    """Whether all checksums fit and everything besides the arrays is what it must be.
+
+    Args:   sums_are_checked: the whole file has the checksum it was written with, and so has each array.
+    """
+    heads = [data[m.head_start : m.start].tobytes() for m in layout.members]
+    if sums_are_checked:
+        checksums = [int.from_bytes(head[LOCAL_CRC], "little") for head in heads]
+    else:
+        payloads = crc32_each(data[m.start : m.stop] for m in layout.members)
+        checksums = [
+            joined(m.npy_crc32, payload, m.stop - m.start) for m, payload in zip(layout.members, payloads, strict=True)
+        ]
     return data[layout.tail_start :].tobytes() == layout.tail(checksums) and all(
-        data[m.head_start : m.start].tobytes() == m.head(checksum)
-        for m, checksum in zip(layout.members, checksums, strict=True)
+        head == m.head(checksum) for m, head, checksum in zip(layout.members, heads, checksums, strict=True)
     )
 
 
@@ -239,6 +241,8 @@ def _record(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> LatentRecor
 
 def _float32(array: NDArray[Any]) -> NDArray[np.float32]:
     """Contiguous and aligned, without a copy where it is so already."""
+    if array.dtype == np.float32 and array.flags.carray:
+        return array
     return np.require(array, np.float32, ["C", "ALIGNED"])
 
 

@@ -16,12 +16,13 @@ from math import prod
 
 import numpy as np
 
-from sdxl_core.latents.formats.checksum import crc32
+from sdxl_core.latents.formats.checksum import crc32, crc32_each, joined
 
 CENTRAL = struct.Struct("<4sBBHHHHHLLLHHHHHLL")
 END = struct.Struct("<4sHHHHLLH")
 ZIP64 = struct.Struct("<HHQQ")
 LOCAL_FIXED = struct.Struct("<4sHHHHHLLLHH")
+LOCAL_CRC, ENTRY_CRC = slice(14, 18), slice(16, 20)  # where the two kinds of header have the checksum
 DATE = 0x21  # 1980-01-01, what np.savez gives every member
 VERSION, UNIX, MODE = 45, 3, 0o600 << 16
 NPY_HEADER_BYTES = 128
@@ -39,6 +40,7 @@ class Member:
 
     head_start, start, stop: offsets of its local header, of its payload and of the payload's end.
     npy_header, npy_crc32: numpy's header of the array and its checksum.
+    local, entry: what is before and behind the checksum in the head, and in the entry of the central directory.
     """
 
     name: str
@@ -49,26 +51,15 @@ class Member:
     stop: int
     npy_header: bytes
     npy_crc32: int
+    local: tuple[bytes, bytes]
+    entry: tuple[bytes, bytes]
 
     def head(self, checksum: int) -> bytes:
         """Local header and numpy's header. `checksum`: over numpy's header and the payload."""
-        name = f"{self.name}.npy".encode()
-        num_bytes = len(self.npy_header) + self.stop - self.start
-        fixed = LOCAL_FIXED.pack(
-            b"PK\3\4", VERSION, 0, 0, 0, DATE, checksum, 0xFFFFFFFF, 0xFFFFFFFF, len(name), ZIP64.size
-        )
-        return fixed + name + ZIP64.pack(1, 16, num_bytes, num_bytes) + self.npy_header
+        return checksum.to_bytes(4, "little").join(self.local)
 
     def central(self, checksum: int) -> bytes:
-        name = f"{self.name}.npy".encode()
-        num_bytes = len(self.npy_header) + self.stop - self.start
-        return (
-            CENTRAL.pack(
-                b"PK\1\2", VERSION, UNIX, VERSION, 0, 0, 0, DATE, checksum, num_bytes, num_bytes, len(name),
-                0, 0, 0, 0, MODE, self.head_start,
-            )
-            + name
-        )  # fmt: skip
+        return checksum.to_bytes(4, "little").join(self.entry)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +76,21 @@ class ZipLayout:
         count = len(self.members)
         return entries + END.pack(b"PK\5\6", 0, 0, count, count, len(entries), self.tail_start, 0)
 
+    def around(self, payload_crc32s: Sequence[int]) -> tuple[list[bytes], bytes, int]:
+        """What a file with these payloads has besides: each member's head, and the tail; and the CRC-32 of it all."""
+        sizes = [member.stop - member.start for member in self.members]
+        checksums = [
+            joined(member.npy_crc32, payload, size)
+            for member, payload, size in zip(self.members, payload_crc32s, sizes, strict=True)
+        ]
+        heads = [member.head(checksum) for member, checksum in zip(self.members, checksums, strict=True)]
+        tail = self.tail(checksums)
+        *head_crc32s, tail_crc32 = crc32_each([*heads, tail])
+        whole = 0
+        for head, head_crc32, payload, size in zip(heads, head_crc32s, payload_crc32s, sizes, strict=True):
+            whole = joined(joined(whole, head_crc32, len(head)), payload, size)
+        return heads, tail, joined(whole, tail_crc32, len(tail))
+
 
 @lru_cache(maxsize=1024)
 def zip_layout(specs: tuple[Spec, ...]) -> ZipLayout:
@@ -100,6 +106,7 @@ def plan_layout(specs: Sequence[Spec]) -> ZipLayout:
         npy_header = _npy_header(dtype, shape)
         start = offset + LOCAL_FIXED.size + len(name) + 4 + ZIP64.size + len(npy_header)
         stop = start + np.dtype(dtype).itemsize * prod(shape)
+        member_bytes = len(npy_header) + stop - start
         members.append(
             Member(
                 name=name,
@@ -110,12 +117,28 @@ def plan_layout(specs: Sequence[Spec]) -> ZipLayout:
                 stop=stop,
                 npy_header=npy_header,
                 npy_crc32=crc32(npy_header),
+                local=_local(f"{name}.npy".encode(), member_bytes, npy_header),
+                entry=_entry(f"{name}.npy".encode(), member_bytes, offset),
             )
         )
         offset, tail = stop, tail + CENTRAL.size + len(name) + 4
     if offset + tail + END.size >= MAX_BYTES:
         raise ValueError(f"{offset + tail + END.size} bytes are too many for one file")
     return ZipLayout(members=tuple(members), tail_start=offset, num_bytes=offset + tail + END.size)
+
+
+def _local(name: bytes, num_bytes: int, npy_header: bytes) -> tuple[bytes, bytes]:
+    fixed = LOCAL_FIXED.pack(b"PK\3\4", VERSION, 0, 0, 0, DATE, 0, 0xFFFFFFFF, 0xFFFFFFFF, len(name), ZIP64.size)
+    before, after = fixed[: LOCAL_CRC.start], fixed[LOCAL_CRC.stop :]
+    return before, after + name + ZIP64.pack(1, 16, num_bytes, num_bytes) + npy_header
+
+
+def _entry(name: bytes, num_bytes: int, head_start: int) -> tuple[bytes, bytes]:
+    fixed = CENTRAL.pack(
+        b"PK\1\2", VERSION, UNIX, VERSION, 0, 0, 0, DATE, 0, num_bytes, num_bytes, len(name),
+        0, 0, 0, 0, MODE, head_start,
+    )  # fmt: skip
+    return fixed[: ENTRY_CRC.start], fixed[ENTRY_CRC.stop :] + name
 
 
 def parse_npy_header(header: bytes) -> tuple[str, tuple[int, ...]]:
