@@ -114,6 +114,8 @@ def write_vectored(path: Path, pieces: Sequence[Buffer]) -> None:
 def _write_all(handle: int, pieces: Sequence[Buffer]) -> None:
     """One writev, and what it leaves unwritten (a nearly full disk, a signal) piece by piece."""
     written = os.writev(handle, pieces)
+    if written == sum([memoryview(piece).nbytes for piece in pieces]):
+        return
     for piece in pieces:
         view = memoryview(piece).cast("B")
         if written >= len(view):

@@ -55,11 +55,6 @@ class LatentStore:
             return self.read(key).bucket
         return self._index.bucket(self._known(key))
 
-    def crc32(self, key: str) -> int | None:
-        """What the index has as the checksum of a key's latents; None where no index knows the key."""
-        number = -1 if self._index is None else self._index.find(key)
-        return None if number < 0 else self._index.place(number)[2]  # type: ignore[union-attr]
-
     def path(self, key: str) -> Path:
         """The file that a key's latents are in. Raises: ShardError: there is none."""
         if self._index is None:
@@ -69,11 +64,6 @@ class LatentStore:
     def read(self, key: str) -> LatentRecord:
         """A key's latents. Raises: ShardError: none, torn, or other content than was committed."""
         return read_per_image(self._found(key)) if self._index is None else self._read_row(self._known(key), key)
-
-    def read_row(self, number: int) -> LatentRecord:
-        """The latents of a row of the index, without looking its key up. Raises: as `read`."""
-        assert self._index is not None
-        return self._read_row(number, self._index.key(number))
 
     def _read_row(self, number: int, key: str) -> LatentRecord:
         assert self._index is not None

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_core.latents.formats.checksum import crc32
-
 SERIAL = 1 << 15  # numbers that torch converts without waking its threads, which a forked process has not
 Latents = NDArray[np.floating[Any]]
 
@@ -53,13 +51,6 @@ class LatentRecord:
             yield "alpha_mask", self.alpha_mask
         if self.logvar is not None:
             yield "logvar", self.logvar
-
-    def crc32(self) -> int:
-        """Checksum over the bytes of all arrays."""
-        checksum = 0
-        for _, array in self.arrays():
-            checksum = crc32(np.ascontiguousarray(array), checksum)
-        return checksum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
