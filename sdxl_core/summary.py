@@ -75,7 +75,7 @@ def _(ref: MetadataRef) -> str:
     lacking = ", ".join(f"{ref.missing[what]:,} {words}" for what, words in _LACKING.items() if ref.missing.get(what))
     return (
         f"merge:  kept {ref.num_kept} of {ref.num_seen} pictures{empty}"
-        f"{rejected_text(ref.rejected, 'merge', ref.num_rejected)}"
+        f"{rejected_text(ref.rejected, 'merge' if ref.missing else 'merge-json', ref.num_rejected)}"
         + (f"; {lacking}" if lacking else "")
         + f" -> {ref.path}"
     )

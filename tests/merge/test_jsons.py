@@ -13,6 +13,7 @@ from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.merge import jsons
 from sdxl_core.merge.jsons import merge_jsons
 from sdxl_core.rejected import read_rejected
+from sdxl_core.summary import describe
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(['\n  "', '},\n  "k": {', '"'])
 entry = st.dictionaries(
@@ -48,6 +49,15 @@ def test_it_is_the_union_with_the_first_of_each_key(
     assert ref.num_kept == len(expected)
     assert ref.num_seen == sum(len(content) for content, _ in files) == ref.num_kept + ref.num_rejected
     assert {row.reason for row in read_rejected(ref.rejected)} <= {"duplicate_key"}
+
+
+def test_what_was_left_out_is_told_with_its_reason(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text('{"1": {"tags": "x"}}')
+    ref = merge_jsons(
+        MergeJsonConfig(sources=(tmp_path / "a.json", tmp_path / "b.json"), out=tmp_path / "out" / "all.json")
+    )
+    assert "kept 1 of 2 pictures (1 rejected: 1 duplicate_key)" in describe(ref)
 
 
 @pytest.mark.parametrize(
