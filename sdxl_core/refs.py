@@ -239,6 +239,26 @@ class CheckpointRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by component: of each card, of the machine's main memory for each process, of the disk.
+
+    num_trained, num_parameters: elements of U-Net and text encoders.   largest_buffer: elements of the largest single
+    buffer that holds weights or gradients together.
+    """
+
+    card: dict[str, int]
+    host: dict[str, int]
+    disk: dict[str, int]
+    num_trained: int
+    num_parameters: int
+    largest_buffer: int
+
+    @property
+    def card_bytes(self) -> int:
+        return sum(self.card.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRef:
     """A finished run: `path` is its run.json, `report` and `lineage` pages to look at.
 

@@ -26,7 +26,7 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.latents.report import contact_sheet
 from sdxl_core.lineage import trace
 from sdxl_core.lineage.show import lineage_markdown
-from sdxl_core.refs import CheckpointRef, LatentSetRef, LatentShardRef, RunRef, to_json
+from sdxl_core.refs import CheckpointRef, LatentSetRef, LatentShardRef, MemoryPlan, RunRef, to_json
 from sdxl_core.rejected import count_reasons, read_rejected
 from sdxl_core.report.pictures import previews_markdown, thumbnail_url
 from sdxl_core.run_record import summaries
@@ -183,6 +183,19 @@ def show_checkpoint(ref: CheckpointRef) -> None:
     lines += [f"| `{file.path.name}` | {file.num_bytes / 1e6:.1f} | `{file.sha256}` |" for file in files]
     lines += ["", "## Previews", "", *previews_markdown(ref.samples)] if ref.samples else []
     create_markdown_artifact(key="train-checkpoint", markdown="\n".join(lines), description="trained checkpoint")
+
+
+@never_failing("the memory plan")
+def show_memory(plan: MemoryPlan) -> None:
+    """A row a component; a row with the sum of each place."""
+    rows: list[dict[str, Any]] = []
+    for where, parts in (("each card", plan.card), ("main memory, each process", plan.host), ("disk", plan.disk)):
+        named = {name: size for name, size in parts.items() if size} | {"together": sum(parts.values())}
+        rows += [{"where": where, "what": name, "GB": round(n / 1e9, 3), "bytes": n} for name, n in named.items()]
+    text = (
+        f"{plan.card_bytes / 1e9:.2f} GB of each card; {plan.num_trained:,} of {plan.num_parameters:,} parameters train"
+    )
+    create_table_artifact(key="memory-plan", table=rows, description=text)
 
 
 @never_failing("a result")

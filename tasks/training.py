@@ -1,11 +1,11 @@
-"""Launch and watch the trainer."""
+"""Plan the memory of a training run; launch and watch the trainer."""
 
 from prefect import task
 
-from sdxl_core.config import TrainConfig
-from sdxl_core.refs import CheckpointRef
+from sdxl_core.config import PlanConfig, TrainConfig
+from sdxl_core.refs import CheckpointRef, MemoryPlan
 from sdxl_core.training import launch as core
-from tasks.artifacts import ProgressArtifact, show_checkpoint, show_result
+from tasks.artifacts import ProgressArtifact, show_checkpoint, show_memory, show_result
 from tasks.curves import show_curves
 from tasks.policies import ONCE, RETRIED
 
@@ -18,3 +18,14 @@ def train(config: TrainConfig) -> CheckpointRef:
     show_result(ref, key="train", title="Training")
     show_checkpoint(ref)
     return ref
+
+
+@task(name="plan-memory", **ONCE)
+def plan_memory(config: PlanConfig) -> MemoryPlan:
+    """Show what the run needs, and refuse what does not fit the card."""
+    from sdxl_core.training.memory_plan import check_planned, planned  # imports torch, which deploying need not
+
+    plan = planned(config)
+    show_memory(plan)
+    check_planned(plan, config)
+    return plan

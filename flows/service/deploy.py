@@ -11,8 +11,9 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -49,7 +50,17 @@ def deploy(url: str, environment: dict[str, str]) -> None:
     )
     if done.returncode:
         raise SdxlFlowsError(f"the flows could not be deployed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    with temporary_settings({PREFECT_API_URL: f"{url}/api"}), get_client(sync_client=True) as client:
+        _refuse_unknown_parameters(client)
     wait_for_runs(url)
+
+
+def _refuse_unknown_parameters(client: SyncPrefectClient) -> None:
+    """Prefect refuses unknown names within a section, but takes one beside it, and the run's process dies of it."""
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    for deployment in client.read_deployments(work_pool_filter=pool):
+        schema = (deployment.parameter_openapi_schema or {}) | {"additionalProperties": False}
+        client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
 
 
 def wait_for_runs(url: str) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_core.cli.common import add_command, add_flow, add_preset, add_set, read_job, run_stage
-from sdxl_core.config import TrainConfig, TrainOptions
+from sdxl_core.config import PlanConfig, TrainConfig, TrainOptions
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError
 
-NOT_NAMED = "(not named)"  # a base model that is not there counts as SDXL
 ATTENTION_WORDS = ("xformers", "diffusers-xformers", "mem-eff-attn", "sdpa")
 
 
@@ -102,21 +101,23 @@ def _print_captions(config: TrainConfig, num: int, *, as_json: bool) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from sdxl_core.training.memory_plan import plan_text
+    from sdxl_core.training.memory_plan import check_planned, describe_plan, planned
 
     if options.job is not None:
-        train = read_job(options).train
+        values = read_job(options).train.model_dump()
     else:
         from sdxl_core.presets import under_training
 
         values = under_training(options.preset, {} if options.config is None else read_toml(options.config))
         values = {key: value for key, value in values.items() if key in TrainOptions.model_fields}
-        values = {"base_model": NOT_NAMED} | apply_overrides(values, options.overrides)
-        train = check(TrainOptions, values, where="sdxl-flows plan")
-        if train.base_model == NOT_NAMED:
+        values = apply_overrides(values, options.overrides)
+        if "base_model" not in values:
             print("no base_model is named: planned for SDXL", file=sys.stderr)
-    card_bytes = None if options.card_gb is None else int(options.card_gb * 2**30)
-    print(plan_text(train, width_px=options.width_px, height_px=options.height_px, card_bytes=card_bytes))
+    values |= {name: getattr(options, name) for name in ("card_gb", "width_px", "height_px")}
+    config = check(PlanConfig, values, where="sdxl-flows plan")
+    plan = planned(config)
+    check_planned(plan, config)
+    print(describe_plan(plan))
 
 
 def _export(options: argparse.Namespace) -> None:

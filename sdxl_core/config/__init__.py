@@ -20,7 +20,7 @@ from sdxl_core.config.latents import (
 from sdxl_core.config.merge import Category, CleanStep, MergeJsonConfig, MergeTagsConfig, MergeTagsOptions
 from sdxl_core.config.notify import NotifyOptions, Occasion
 from sdxl_core.config.subset import SourceOptions, StatisticsConfig, SubsetConfig, SubsetHow, SubsetOptions
-from sdxl_core.config.train import TrainConfig, TrainOptions
+from sdxl_core.config.train import PlanConfig, TrainConfig, TrainOptions
 
 __all__ = [
     "BucketOptions",
@@ -40,6 +40,7 @@ __all__ = [
     "NotifyOptions",
     "Occasion",
     "PackTarsConfig",
+    "PlanConfig",
     "RemoveLatentsConfig",
     "SourceOptions",
     "StatisticsConfig",

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from sdxl_core.config.train import TrainOptions
+from sdxl_core.config.train import PlanConfig, TrainOptions
 from sdxl_core.errors import ConfigError
 from sdxl_core.models.load import meta_module, preset_of
 from sdxl_core.models.presets import Component, Preset
+from sdxl_core.refs import MemoryPlan
 from sdxl_core.training.activations import kept_bytes
 from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.optimizer import MIN_8BIT_ELEMENTS
@@ -31,26 +32,6 @@ SLACK = 0.03  # what the allocator loses to rounding
 NOISE_BYTES = 3 * 4 * (1 << 25)  # of stochastic rounding: bits of one chunk, and two scratch buffers
 STATES_8BIT = {"adamw8bit": 2, "pagedadamw8bit": 2, "lion8bit": 1}
 BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """Bytes by component: of each card, of the machine's main memory for each process, of the disk.
-
-    num_trained, num_parameters: elements of U-Net and text encoders.   largest_buffer: elements of the largest single
-    buffer that holds weights or gradients together.
-    """
-
-    card: Mapping[str, int]
-    host: Mapping[str, int]
-    disk: Mapping[str, int]
-    num_trained: int
-    num_parameters: int
-    largest_buffer: int
-
-    @property
-    def card_bytes(self) -> int:
-        return sum(self.card.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +92,18 @@ def plan_memory(options: TrainOptions, preset: Preset, *, width_px: int, height_
 def check_card(options: TrainOptions, preset: Preset, *, card_bytes: int, width_px: int, height_px: int) -> MemoryPlan:
     """The plan, if it fits a card of `card_bytes`. Raises: ConfigError: it does not; names the cheapest change."""
     plan = plan_memory(options, preset, width_px=width_px, height_px=height_px)
+    check_fits(plan, options, preset, card_bytes=card_bytes, width_px=width_px, height_px=height_px)
+    return plan
+
+
+def check_fits(
+    plan: MemoryPlan, options: TrainOptions, preset: Preset, *, card_bytes: int, width_px: int, height_px: int
+) -> None:
+    """Args: plan: of these options.   Raises: as `check_card`."""
     if plan.largest_buffer >= LIMIT_ELEMENTS:
         raise ConfigError(f"one buffer of {plan.largest_buffer:,} elements; libraries count to {LIMIT_ELEMENTS:,}.")
     if plan.card_bytes <= card_bytes:
-        return plan
+        return
     change = cheapest_change(options, preset, card_bytes=card_bytes, width_px=width_px, height_px=height_px)
     advice = "No change of settings makes it fit: train fewer parts, or take a larger card."
     if change is not None:
@@ -160,17 +149,22 @@ def cheapest_change(
     return names, plan(together)
 
 
-def plan_text(options: TrainOptions, *, width_px: int, height_px: int, card_bytes: int | None) -> str:
-    """What `sdxl-flows plan` prints. A base model that is not there yet counts as SDXL.
+def planned(config: PlanConfig) -> MemoryPlan:
+    """The memory of the run that `config` describes, whether or not it fits."""
+    return plan_memory(config, _preset(config), width_px=config.width_px, height_px=config.height_px)
 
-    Raises: ConfigError: it does not fit a card of `card_bytes`; names the cheapest change that would.
-    """
+
+def check_planned(plan: MemoryPlan, config: PlanConfig) -> None:
+    """Raises: ConfigError: `plan` does not fit a card of `card_gb`; names the cheapest change that would."""
+    if config.card_gb is not None:
+        size = {"width_px": config.width_px, "height_px": config.height_px}
+        check_fits(plan, config, _preset(config), card_bytes=int(config.card_gb * 2**30), **size)
+
+
+def _preset(options: TrainOptions) -> Preset:
+    """A base model that is not there yet counts as SDXL."""
     is_there = options.base_model == "tiny" or Path(options.base_model).exists()
-    preset = preset_of(options.base_model) if is_there else "sdxl"
-    size = {"width_px": width_px, "height_px": height_px}
-    if card_bytes is None:
-        return describe_plan(plan_memory(options, preset, **size))
-    return describe_plan(check_card(options, preset, card_bytes=card_bytes, **size))
+    return preset_of(options.base_model) if is_there else "sdxl"
 
 
 def _changes(options: TrainOptions) -> Iterator[tuple[str, dict[str, Any]]]:

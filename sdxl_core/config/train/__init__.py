@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -13,6 +14,7 @@ from sdxl_core.config.train.objective import ObjectiveOptions
 from sdxl_core.config.train.optimizer import OptimizerOptions
 from sdxl_core.config.train.run import RunOptions
 from sdxl_core.config.train.saving import PreviewOptions, SavingOptions
+from sdxl_core.roots import NamesFile
 
 
 class TrainOptions(  # pydantic lists the fields of the last base first: so forms and help begin with RunOptions
@@ -60,3 +62,16 @@ class TrainConfig(TrainOptions):
     metadata: Path = Field(description="meta_lat.json of the latent cache")
     latents: Path = Field(description="folder of the cached .npz latents")
     out: Path = Field(description="folder that receives model/, state/, tensorboard/ and samples/")
+
+
+class PlanConfig(TrainOptions):
+    """The memory that a training run needs, by component, from its settings alone: nothing is loaded."""
+
+    base_model: Annotated[str, NamesFile("tiny", "sdxl")] = Field(
+        "sdxl", description="as the trainer's; what is not there yet counts as SDXL"
+    )
+    card_gb: float | None = Field(
+        None, gt=0, title="Card (GiB)", description="refuse what does not fit a card of this size, and say what would"
+    )
+    width_px: int = Field(1024, ge=64, le=16384, multiple_of=8, description="of the largest bucket")
+    height_px: int = Field(1024, ge=64, le=16384, multiple_of=8, description="of the largest bucket")
