@@ -79,8 +79,8 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
     """
     source = PictureSource(config)
     source_digest = source.digest
-    fingerprint = check_settings(config)
     metadata_is = _look_at(config.metadata)
+    fingerprint = check_settings(config)  # remembered from here on: not before the rest is known to be there
     root_map = [part for pair in sorted(config.root_map.items()) for part in pair]
     digest = digest_of(FORMAT, fingerprint, source_digest, *metadata_is, str(config.metadata.absolute()), *root_map)
     folder = config.out / "latents" / LEDGER_FOLDER

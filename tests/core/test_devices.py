@@ -39,6 +39,26 @@ def test_the_slot_sees_only_its_device() -> None:
         assert slot.run(os.getenv, "CUDA_VISIBLE_DEVICES") == "3"
 
 
+def test_a_card_may_have_several_slots_and_a_cpu_slot_sees_none() -> None:
+    with Slots(["0", "0", "cpu"]) as slots:
+        assert [slot.run(os.getenv, "CUDA_VISIBLE_DEVICES") for slot in slots.slots] == ["0", "0", ""]
+        assert len({slot.run(os.getpid) for slot in slots.slots}) == 3
+
+
+def test_slots_work_at_once_and_do_not_notice_that_another_dies() -> None:
+    with Slots(["cpu", "cpu"]) as slots:
+        dying, working = slots.slots
+        pid, pid_of_working = dying.run(os.getpid), working.run(os.getpid)
+        answers: list[object] = []
+        busy = threading.Thread(target=lambda: answers.append(working.run(time.sleep, 0.5)))
+        busy.start()
+        with pytest.raises(SlotDied):
+            dying.run(os.kill, pid, signal.SIGKILL)
+        assert dying.run(os.getpid) != pid and not answers, "its call went on meanwhile"
+        busy.join(timeout=30)
+        assert answers == [None] and working.run(os.getpid) == pid_of_working
+
+
 def test_leaving_kills_a_busy_slot_and_its_task_is_not_retried() -> None:
     failures: list[BaseException] = []
     with Slots(["cpu"]) as slots:

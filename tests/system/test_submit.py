@@ -1,4 +1,4 @@
-"""What is wrong with a run is told when it is submitted, or before it works: through the server's API, on every flow."""
+"""A run that is wrong is refused when it is submitted, or before it works: on the server, for every flow."""
 
 import json
 from pathlib import Path
