@@ -70,7 +70,9 @@ def test_a_missing_file_or_folder_is_told_before_anything_is_made(service: Servi
 
 
 def test_a_plan_shows_its_bytes_and_refuses_what_cannot_fit(service: Service) -> None:
-    fits, too_large = (service.submit("plan/plan", {"config": {"card_gb": size}}) for size in (24, 1.2))
+    fits, too_large = (
+        service.submit("plan/plan", {"config": {"base_model": "tiny", "card_gb": size}}) for size in (24, 1.2)
+    )
     service.wait_for(fits, "Completed")
     said = message_of(service, too_large)
     assert "The cheapest change that fits: cache_text_encoder_outputs = true" in said
