@@ -25,7 +25,7 @@ test-system: setup
 	$(BIN)/python -m pytest -m system -n 2 --dist loadfile tests/system
 
 bench-chaos: setup
-	$(BIN)/python benchmarks/chaos.py --table benchmarks/chaos.table.md
+	$(BIN)/python benchmarks/chaos.py --page benchmarks/chaos.md
 
 bench-full-size: setup
 	$(BIN)/python benchmarks/full_size.py --out benchmarks/full_size.md

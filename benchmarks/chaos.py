@@ -29,6 +29,7 @@ from uuid import UUID
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+from measure import renew  # noqa: E402
 from support.run_processes import in_role, processes_of  # noqa: E402
 from support.service import Service  # noqa: E402
 
@@ -148,7 +149,7 @@ class Watch(threading.Thread):
     def __init__(self, run: Run, kind: str, killed: set[int], count: Path) -> None:
         super().__init__(daemon=True)
         self.run_, self.kind, self.killed, self.count = run, kind, killed, count
-        self.roles = {"worker and flow": ("flow",), "power cut": ("server",)}.get(kind, (kind,))
+        self.roles = {"worker and flow": ("flow",), "power cut": ("flow",)}.get(kind, (kind,))
         self.before = started_work(count)
         self.began, self.began_at = time.monotonic(), time.time()
         self.noticed: tuple[float, str] | None = None
@@ -277,7 +278,7 @@ def read_rounds(folder: Path) -> dict[int, Round]:
 
 
 def table(folder: Path, seed: int) -> str:
-    """The page that is kept as benchmarks/chaos.md, up to what it says."""
+    """The top of benchmarks/chaos.md."""
     import prefect
 
     expected = json.loads((folder / "undisturbed.json").read_text())
@@ -303,7 +304,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "chaos", help="what was run is kept here")
     parser.add_argument("--round", type=int, help="this round only; left out: all that were not run yet")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--table", type=Path, help="write the table to this file")
+    parser.add_argument("--page", type=Path, help="write the table to the top of this page")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     draw_samples(folder / "pictures")
@@ -325,8 +326,8 @@ def main() -> None:
         service.command("down")
     text = table(folder, options.seed)
     print(text)
-    if options.table:
-        options.table.write_text(text)
+    if options.page:
+        renew(options.page, f"# Kills at random moments, and what each costs\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+from measure import renew  # noqa: E402
 from support.postgres import postgres  # noqa: E402
 from support.run_processes import in_role, processes_of  # noqa: E402
 from support.service import Service  # noqa: E402
@@ -208,7 +209,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--shards", type=int, nargs="+", default=[80, 325, 1300])
     parser.add_argument("--databases", default="stage,sqlite,postgresql")
-    parser.add_argument("--out", type=Path, help="write the page here")
+    parser.add_argument("--out", type=Path, help="write the table to the top of this page")
     options = parser.parse_args()
     work: Path = options.work.resolve()
     log = work / "rows.jsonl"
@@ -225,7 +226,7 @@ def main() -> None:
     text = page([Row(**json.loads(line)) for line in log.read_text().splitlines()])
     print(text)
     if options.out:
-        options.out.write_text(text)
+        renew(options.out, f"# Many shards through one flow run\n\n{text}")
 
 
 if __name__ == "__main__":

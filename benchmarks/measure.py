@@ -78,6 +78,13 @@ def machine() -> str:
     )
 
 
+def renew(page: Path, top: str) -> None:
+    """Write the top of a page anew; what stands from its first heading of the second order on stays."""
+    old = page.read_text() if page.exists() else ""
+    start = old.find("\n## ")
+    page.write_text(top.rstrip("\n") + "\n" + (old[start:] if start >= 0 else ""))
+
+
 def _tree(root: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):

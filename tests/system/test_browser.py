@@ -27,6 +27,7 @@ SHOWN = {  # by the artifact's key
     "run-report": "//img[starts-with(@src, 'data:image/jpeg')]",
     "run-lineage": "//li[contains(., 'scenery -night')]",
     "train-checkpoint": "//td[contains(., 'last.safetensors')]",
+    "train-curves": "//a[contains(@href, 'runFilter=run-')]",
 }
 
 
