@@ -56,7 +56,7 @@ def train(config: TrainConfig, *, stop: StopSignal) -> bool:
     """
     accelerator = make_accelerator(config)
     training_set = read_training_set(config)
-    run = Run(config, accelerator, training_set, training_set.plan(config))
+    run = Run(config, accelerator, training_set, training_set.plan(config), stop=stop)
     finished = run.to_the_end(stop) and run.finish(stop)
     accelerator.end_training()
     return finished
@@ -91,7 +91,13 @@ class Run:
     """A run on one process, from its newest state on."""
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, training_set: TrainingSet, plan: EpochPlan
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        training_set: TrainingSet,
+        plan: EpochPlan,
+        *,
+        stop: StopSignal | None = None,
     ) -> None:
         self.config, self.accelerator, self.plan, self.training_set = config, accelerator, plan, training_set
         self.state = config.out / "state"
@@ -122,7 +128,7 @@ class Run:
         self.watch = Watch(config, accelerator, settings=self.settings, total=self.total)
         self.stepper = Stepper(
             model, self.updater, config=config, accelerator=accelerator, batches=self.batches, guard=self.guard,
-            ema=self.run_state.ema, save_is_due=self.save_times.minutes_are_over, texts=self._text_outputs(),
+            ema=self.run_state.ema, save_is_due=self.save_times.minutes_are_over, texts=self._text_outputs(stop),
             scaling_factor=float(component_config(self.models.preset, "vae")["scaling_factor"]),
         )  # fmt: skip
         self.time = self.stepper.time
@@ -143,8 +149,8 @@ class Run:
                 text_bytes=lambda free: outputs_bytes(config, self.training_set, preset, free=free),
             )  # fmt: skip
 
-    def _text_outputs(self) -> TextOutputs | None:
-        """Of frozen text encoders, computed by the first process where they are not there yet."""
+    def _text_outputs(self, stop: StopSignal | None) -> TextOutputs | None:
+        """Of frozen text encoders, computed by the first process where they are not there yet, until `stop`."""
         config = self.config
         if not config.cache_text_encoder_outputs:
             return None
@@ -152,7 +158,9 @@ class Run:
         made_by = (self.settings["base_model"], config.max_token_length, config.weighted_captions, encoder.dtype)
         folder = config.out / "text_outputs" / digest_of(*map(str, made_by))[:16]
         device = self.accelerator.device
-        self._on_main(lambda: TextOutputs(folder, self.denoiser).add(self.batches.plain_tokens(), device=device))
+        leave = (lambda: False) if stop is None else stop.is_set
+        tokens = self.batches.plain_tokens()
+        self._on_main(lambda: TextOutputs(folder, self.denoiser).add(tokens, device=device, leave=leave))
         return TextOutputs(folder, self.denoiser)
 
     def _divided(self) -> torch.nn.Module:

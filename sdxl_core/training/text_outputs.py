@@ -6,7 +6,7 @@ of. A caption that is not there (a preview's, a caption with random parts) is en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,17 @@ class TextOutputs:
         for path in sorted(folder.glob("part-*.safetensors")):
             self._open(path)
 
-    def add(self, captions: Iterable[TokenIds], *, device: torch.device) -> None:
-        """Encode, on `device`, what is not there yet. captions: one each, int64 [1, n, 77]."""
+    def add(
+        self, captions: Iterable[TokenIds], *, device: torch.device, leave: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Encode, on `device`, what is not there yet. captions: one each, int64 [1, n, 77].
+
+        leave: asked before each file; true: the rest is encoded the next time, or when it is met.
+        """
         encoders = (self._denoiser.text_encoder, self._denoiser.text_encoder_2)
         wanted = ((key, tokens) for tokens in captions if (key := _key(tokens)) not in self._places)
         moved = False
-        while part := list(islice(_once(wanted), PART_CAPTIONS)):
+        while not leave() and (part := list(islice(_once(wanted), PART_CAPTIONS))):
             if not moved:
                 moved = True
                 for encoder in encoders:

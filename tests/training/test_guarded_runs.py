@@ -24,8 +24,9 @@ from sdxl_core.errors import ConfigError, DiskFullError, TrainingError
 from sdxl_core.files import sha256_file
 from sdxl_core.lineage.record import KEY
 from sdxl_core.models import load_models
-from sdxl_core.training import loop, saving
+from sdxl_core.training import loop, saving, text_outputs
 from sdxl_core.training.guard import WARM_UP_STEPS, Guard
+from sdxl_core.training.processes import StopSignal
 from sdxl_core.training.result import read_result
 from sdxl_core.training.saving import Saver, SaveTimes
 from sdxl_core.training.state import Snapshot, load_newest, read_generation
@@ -229,6 +230,32 @@ def test_cached_text_outputs_train_as_the_encoders_do(config: Configure, train: 
         config(cache_text_encoder_outputs=True, shuffle_caption=True)
     with pytest.raises(ValueError, match="a text encoder that trains has no outputs to keep"):
         config(cache_text_encoder_outputs=True, learning_rate_te1=1e-5)
+
+
+def test_a_stop_is_heard_while_text_outputs_are_made(
+    config: Configure, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two files; the step that then notices it encodes what it needs, and the next start makes the rest."""
+
+    class AfterTwoFiles(StopSignal):
+        asked = 0
+
+        def __init__(self) -> None: ...
+
+        @property
+        def received(self) -> bool:  # type: ignore[override]
+            return self.asked > 2
+
+        def is_set(self) -> bool:
+            self.asked += 1
+            return self.received
+
+    monkeypatch.setattr(text_outputs, "PART_CAPTIONS", 4)
+    run = config(**SMALL, max_train_steps=3, cache_text_encoder_outputs=True)
+    assert not train(run, stop=AfterTwoFiles())
+    assert len(list(run.out.glob("text_outputs/*/part-*"))) == 2 and (run.out / "state" / "step-00000001").is_dir()
+    assert train(run)
+    assert len(list(run.out.glob("text_outputs/*/part-*"))) == 3, "4 + 4 + 3 captions"
 
 
 def test_equal_captions_are_kept_once_and_count_once_where_the_disk_is_small(config: Configure) -> None:
