@@ -52,7 +52,7 @@ def encode_shard(
     Raises: ShardError: the shard's listing is gone.   ConfigError: a folder that pictures are in is gone.
             LockedError: the lock was lost.   DiskFullError.   Everything committed before is kept.
     """
-    done = shard_is_finished(shard, config)
+    done = shard_is_finished(shard, config, lock)
     if done is not None:
         progress("latents", done.num_seen, done.num_seen)
         return done
@@ -72,7 +72,7 @@ class _ShardEncoder:
         self._context = copy_context()  # the caller's run, in its artifacts: progress is told from another thread
         self._latents = config.out / "latents"
         self._rows = ShardRows.open(shard.path)
-        self._ledger = settled(shard, self._latents)
+        self._ledger = settled(shard, self._latents, lock)
         self._attempts = Attempts(shard.path)
         try:
             self._names = self._rows.table["name"]
@@ -106,8 +106,7 @@ class _ShardEncoder:
         elapsed = time.monotonic() - started
         report["images_per_s"] = before / elapsed if elapsed else 0.0
         self._attempts.forget()  # first: a shard that is closed is not looked at again
-        with still_held(self._latents, self._lock):
-            self._ledger.close(report | {"device": self._device})
+        self._ledger.close(report | {"device": self._device})
 
     def _check_lock(self) -> None:
         with still_held(self._latents, self._lock):
@@ -186,21 +185,21 @@ class _ShardEncoder:
             self._written.clear()
         rejected = {row: why for row, why in sorted(rejected.items()) if state[row] == OPEN}
         sync_files([self._latents / path for path, _ in files])
-        record = CommitGroup(
-            number=group.number,
-            files=[self._as_written(path, written) for path, written in files],
-            rows=[row for row, _ in encoded],
-            file=file,
-            at=at,
-            crc32=checksums,
-            bucket=[(e.bucket.width_px, e.bucket.height_px) for _, e in encoded],
-            size=[(e.record.original_width_px, e.record.original_height_px) for _, e in encoded],
-            crop=[e.record.crop_ltrb for _, e in encoded],
-            rejected=rejected,
-            notes=list(group.notes),
+        self._ledger.commit(
+            CommitGroup(
+                number=group.number,
+                files=[self._as_written(path, written) for path, written in files],
+                rows=[row for row, _ in encoded],
+                file=file,
+                at=at,
+                crc32=checksums,
+                bucket=[(e.bucket.width_px, e.bucket.height_px) for _, e in encoded],
+                size=[(e.record.original_width_px, e.record.original_height_px) for _, e in encoded],
+                crop=[e.record.crop_ltrb for _, e in encoded],
+                rejected=rejected,
+                notes=list(group.notes),
+            )
         )
-        with still_held(self._latents, self._lock):
-            self._ledger.commit(record)
         self._attempts.committed(group.number)
         done = self._rows.num_rows - len(self._ledger.rows(OPEN))
         self._context.run(self._progress, "latents", done, self._rows.num_rows)

@@ -23,6 +23,7 @@ from sdxl_core.files import disk_errors, sync_folder, write_atomic
 from sdxl_core.latents.formats import crc32
 from sdxl_core.latents.rows import shard_file
 from sdxl_core.latents.tables import checked_json, parse_checked, read_table, read_words, write_table
+from sdxl_core.lock import held_token, still_held
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 OPEN, KEPT, REJECTED, REMOVED = range(4)
@@ -97,7 +98,7 @@ class ShardLedger:
 
     commits: when a group was recorded (seconds since 1970, for people), and how many rows it kept.
     report: how the shard was encoded, once it is done.   is_damaged: it has lines that are none of ours; `settle` drops
-    them.
+    them.   lock: of the process that this one works for, see `still_held`; else this one's own counts, if it holds any.
     """
 
     path: Path
@@ -108,12 +109,13 @@ class ShardLedger:
     commits: list[tuple[float, int]] = field(default_factory=list)
     report: dict[str, Any] | None = None
     is_damaged: bool = False
+    lock: str = ""
 
     @classmethod
-    def read(cls, rows: Path, num_rows: int) -> ShardLedger:
+    def read(cls, rows: Path, num_rows: int, *, lock: str = "") -> ShardLedger:
         """Every whole line; an empty ledger where there is none. Args: rows: the shard's listing."""
         columns = {name: np.zeros((num_rows, *shape), kind) for name, (kind, shape) in COLUMNS.items()}
-        ledger = cls(path=shard_file(rows, LEDGER), columns=columns)
+        ledger = cls(path=shard_file(rows, LEDGER), columns=columns, lock=lock)
         for line in _lines(ledger.path):
             if line is None or not ledger._take(line):
                 ledger.is_damaged = True
@@ -204,9 +206,10 @@ class ShardLedger:
                     pa.RecordBatch.from_arrays(arrays, names=names), words)  # fmt: skip
 
     def _append(self, record: dict[str, Any]) -> None:
-        """Add a line, and take it in."""
+        """Add a line, and take it in. Raises: LockedError: the lock was lost."""
         line = checked_json(record) + b"\n"
-        with disk_errors(self.path):
+        latents = self.path.parents[1]
+        with disk_errors(self.path), still_held(latents, self.lock or held_token(latents)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = not self.path.exists()
             with open(self.path, "ab+") as file:

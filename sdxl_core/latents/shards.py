@@ -16,21 +16,21 @@ from sdxl_core.refs import LatentShardRef, ShardRef
 TRIED_AGAIN = ("missing_image", "unreadable")  # what may have been a disk's fault, and not the picture's
 
 
-def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig) -> LatentShardRef | None:
+def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig, lock: str = "") -> LatentShardRef | None:
     """A finished shard's reference if every file is as it was written, else None.
 
     Opens no picture but those that could not be read, and latents only where their time differs (a copied cache). The
-    caller holds the output's lock.
+    caller holds the output's lock, or works for the process that holds `lock`.
     """
     latents = config.out / "latents"
     summary = finished(shard.path, latents)
     if summary is not None:
         again = _readable_now(shard, [row for row, why in summary.rejected if why.reason in TRIED_AGAIN], config)
         if again:
-            settled(shard, latents).lose(again)
+            settled(shard, latents, lock).lose(again)
             return None
     if summary is None and shard.path.exists():
-        ledger = settled(shard, latents)
+        ledger = settled(shard, latents, lock)
         if ledger.is_done:
             ledger.summarise()
             summary = read_summary(shard.path)
@@ -54,9 +54,9 @@ def _is_readable(place: ImagePlace) -> bool:
     return True
 
 
-def settled(shard: ShardRef, latents: Path) -> ShardLedger:
+def settled(shard: ShardRef, latents: Path, lock: str) -> ShardLedger:
     """A shard's ledger, in line with the files on disk."""
-    ledger = ShardLedger.read(shard.path, shard.stop - shard.start)
+    ledger = ShardLedger.read(shard.path, shard.stop - shard.start, lock=lock)
     ledger.settle(latents)
     return ledger
 
