@@ -35,16 +35,20 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"{path}: the disk is full ({error.strerror}). Everything finished so far is kept; "
-                f"free some space and run the same command again, it continues where it stopped."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DataError(
-                f"{path}: cannot be written ({error.strerror}). Choose another out folder or change its permissions."
-            ) from error
+        _raise_disk_error(path, error)
         raise
+
+
+def _raise_disk_error(path: Path, error: OSError) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise DiskFullError(
+            f"{path}: the disk is full ({error.strerror}). Everything finished so far is kept; "
+            f"free some space and run the same command again, it continues where it stopped."
+        ) from error
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}). Choose another out folder or change its permissions."
+        ) from error
 
 
 def partial_path(path: Path) -> str:
@@ -92,7 +96,7 @@ def write_vectored(path: Path, pieces: Sequence[Buffer]) -> None:
     Raises: as `atomic_writer`.
     """
     partial = partial_path(path)
-    with disk_errors(path):
+    try:
         try:
             handle = os.open(partial, NEW_FILE, 0o666)
         except FileNotFoundError:
@@ -109,6 +113,9 @@ def write_vectored(path: Path, pieces: Sequence[Buffer]) -> None:
             with suppress(FileNotFoundError):
                 os.unlink(partial)
             raise
+    except OSError as error:
+        _raise_disk_error(path, error)
+        raise
 
 
 def _write_all(handle: int, pieces: Sequence[Buffer]) -> None:

@@ -159,16 +159,15 @@ def _is_whole(data: NDArray[np.uint8], layout: ZipLayout, *, sums_are_checked: b
 
     Args:   sums_are_checked: the whole file has the checksum it was written with, and so has each array.
     """
-    heads = [data[m.head_start : m.start].tobytes() for m in layout.members]
-    if sums_are_checked:
-        checksums = [int.from_bytes(head[LOCAL_CRC], "little") for head in heads]
-    else:
-        payloads = crc32_each(data[m.start : m.stop] for m in layout.members)
-        checksums = [
-            joined(m.npy_crc32, payload, m.stop - m.start) for m, payload in zip(layout.members, payloads, strict=True)
-        ]
+    if sums_are_checked:  # then only a file of another writer is to be told from ours
+        return all(data[m.head_start + LOCAL_CRC.stop : m.start].tobytes() == m.local[1] for m in layout.members)
+    payloads = crc32_each(data[m.start : m.stop] for m in layout.members)
+    checksums = [
+        joined(m.npy_crc32, payload, m.stop - m.start) for m, payload in zip(layout.members, payloads, strict=True)
+    ]
     return data[layout.tail_start :].tobytes() == layout.tail(checksums) and all(
-        head == m.head(checksum) for m, head, checksum in zip(layout.members, heads, checksums, strict=True)
+        data[m.head_start : m.start].tobytes() == m.head(checksum)
+        for m, checksum in zip(layout.members, checksums, strict=True)
     )
 
 
@@ -226,13 +225,14 @@ def _record(path: Path | str, arrays: Mapping[str, NDArray[Any]]) -> LatentRecor
         expected = (height_px, width_px) if name == "alpha_mask" else latents.shape
         if array is not None and array.shape != expected:
             raise ShardError(f"{path}: {name} is {array.shape} where {expected} fits the latents. Delete it and rerun.")
+    (width, height), (left, top, right, bottom) = size.tolist(), crop.tolist()
     mask = others["alpha_mask"]
     flipped, logvar = others["latents_flipped"], others["logvar"]
     return LatentRecord(
         latents=_float32(latents),
-        original_width_px=int(size[0]),
-        original_height_px=int(size[1]),
-        crop_ltrb=(float(crop[0]), float(crop[1]), float(crop[2]), float(crop[3])),
+        original_width_px=int(width),
+        original_height_px=int(height),
+        crop_ltrb=(float(left), float(top), float(right), float(bottom)),
         latents_flipped=None if flipped is None else _float32(flipped),
         alpha_mask=None if mask is None else alpha_of(mask),
         logvar=None if logvar is None else _float32(logvar),
