@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ FIRST_HEADER = slice(61, 189)  # of the first member, "latents"
 TAIL_BYTES = 1 << 16  # what is read at first: everything but the rows of a file of some hundred pictures
 BIG = ("latents", "latents_flipped", "alpha_mask", "logvar")
 UNKNOWN_SHA256 = bytes(32)
+BLOCK_BYTES = 1 << 19  # what `verify` reads at once: little enough to stay in a core's cache
 _SCRATCH = Scratch()
 
 
@@ -194,18 +196,18 @@ class PackedFile:
         checksum = 0
         for member in self._big:
             array = np.empty(member.shape[1:], member.dtype)
-            self._read(array, member.start, row)
+            self._read(array, member.start + row * array.nbytes)
             checksum = crc32(array, checksum)
             arrays[member.name] = array
         if checksum != self.row_crc32s[row]:
             raise self._damaged(f"row {row}, {self.key(row)!r}, holds other bytes than were written")
         return self._record(row, arrays)
 
-    def _read(self, array: NDArray[Any], start: int, row: int) -> None:
-        """Fill an array with a row of those that begin at `start`."""
+    def _read(self, array: NDArray[Any], start: int) -> None:
+        """Fill an array with what begins at `start`."""
         try:
-            if os.preadv(self._handle, [array.data], start + row * array.nbytes) != array.nbytes:
-                raise self._damaged(f"it ends within row {row}")
+            if os.preadv(self._handle, [array.data], start) != array.nbytes:
+                raise self._damaged("it ends within its rows")
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -222,19 +224,22 @@ class PackedFile:
 
     def verify(self) -> PackedCheck:
         """Read every byte and hold it against every checksum."""
-        whole, row_crc32s, infinite, is_damaged = 0, [0] * self.num_rows, set(), False
+        whole, row_crc32s, is_damaged = 0, [0] * self.num_rows, False
+        infinite: set[int] = set()
         for member, recorded in zip(self._big, self._checksums, strict=False):
             head = os.pread(self._handle, member.start - member.head_start, member.head_start)
             whole, checksum = crc32(head, whole), crc32(member.npy_header)
-            row = np.empty(member.shape[1:], member.dtype)
-            for number in range(self.num_rows):
-                self._read(row, member.start, number)
-                found = crc32(row)
-                row_crc32s[number] = joined(row_crc32s[number], found, row.nbytes)
-                checksum = joined(checksum, found, row.nbytes)
-                whole = joined(whole, found, row.nbytes)
-                if not is_finite(row):
-                    infinite.add(number)
+            num_bytes = member.dtype.itemsize * prod(member.shape[1:])
+            block = np.empty((max(1, BLOCK_BYTES // num_bytes), *member.shape[1:]), member.dtype)
+            for first in range(0, self.num_rows, len(block)):
+                rows = block[: self.num_rows - first]
+                self._read(rows, member.start + first * num_bytes)
+                for number, found in enumerate(crc32_each(rows), first):
+                    row_crc32s[number] = joined(row_crc32s[number], found, num_bytes)
+                    checksum = joined(checksum, found, num_bytes)
+                    whole = joined(whole, found, num_bytes)
+                if not is_finite(rows):
+                    infinite.update(first + at for at, row in enumerate(rows) if not is_finite(row))
             is_damaged |= checksum != recorded or head != member.head(recorded)
         rest = os.pread(self._handle, self.num_bytes - self._rest_start, self._rest_start)
         damaged = np.flatnonzero(np.array(row_crc32s, np.uint32) != self.row_crc32s)
