@@ -109,7 +109,11 @@ def _detach(host: str, port: int, curves_port: int) -> None:
 
 def _supervise(host: str, port: int, curves_port: int) -> None:
     url = f"http://{host}:{port}"
-    environment = os.environ | {"PREFECT_API_URL": f"{url}/api", "PREFECT_UI_API_URL": f"{url}/api"}
+    seen_from_here = host in LOOPBACK  # else a browser elsewhere asks the address that it got the page from
+    environment = os.environ | {
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_UI_API_URL": f"{url}/api" if seen_from_here else "/api",
+    }
     signal.signal(signal.SIGTERM, _interrupt)
     write_record(url=url, ready=False)
     server_command = [*SERVER, "--host", host, "--port", str(port)]

@@ -1,9 +1,13 @@
 """`sdxl-flows up`: a real server and worker, started, used, hurt and ended."""
 
+import base64
+import json
 import os
 import signal
 import socket
 import subprocess
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,31 @@ def test_exposing_the_server_without_a_password_is_refused(tmp_path: Path) -> No
     other = Service(tmp_path)
     refused = other.command("up", "--host", "0.0.0.0", "--port", str(other.port))
     assert refused.returncode == 2 and "PREFECT_SERVER_API_AUTH_STRING" in refused.stderr
+
+
+def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> None:
+    other = Service(tmp_path)
+    password = {"PREFECT_SERVER_API_AUTH_STRING": "user:word", "PREFECT_API_AUTH_STRING": "user:word"}
+    other.environment |= password
+
+    def answer(user: str) -> int:
+        address = f"http://127.0.0.1:{other.port}/api/flow_runs/count"
+        request = urllib.request.Request(address, b"{}", {"Content-Type": "application/json"})
+        if user:
+            request.add_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    try:
+        started = other.command("up", "--detach", "--host", "0.0.0.0", "--port", str(other.port))
+        assert started.returncode == 0, started.stdout + started.stderr
+        assert (answer(""), answer("user:guess"), answer("user:word")) == (401, 401, 200)
+        assert "online" in other.command("status").stdout, "the worker has the password"
+        with urllib.request.urlopen(f"http://127.0.0.1:{other.port}/ui-settings", timeout=30) as told:
+            assert json.load(told)["api_url"] == "/api", "the page asks the host that it came from"
+    finally:
+        assert "down" in other.command("down").stdout
