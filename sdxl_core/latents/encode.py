@@ -19,7 +19,14 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import ConfigError, ShardError
 from sdxl_core.files import remove_stale_partials, sync_files
 from sdxl_core.latents.engine import EncodedGroup, EncodedPicture, Engine, Picture
-from sdxl_core.latents.formats import LatentRecord, WrittenFile, per_image_name, write_packed, write_per_image
+from sdxl_core.latents.formats import (
+    LatentRecord,
+    WrittenFile,
+    packed_name,
+    per_image_name,
+    write_packed,
+    write_per_image,
+)
 from sdxl_core.latents.ledger import (
     KEPT,
     OPEN,
@@ -233,10 +240,12 @@ class _ShardEncoder:
         by_bucket: dict[tuple[int, int], list[int]] = {}
         for place, (_, item) in enumerate(encoded):
             by_bucket.setdefault((item.bucket.width_px, item.bucket.height_px), []).append(place)
+        kept = self._ledger.columns["file"][self._ledger.rows(KEPT)]
+        taken = {self._ledger.files[one].path for one in np.unique(kept).tolist()}
         files: list[tuple[str, WrittenFile]] = []
         file, at, checksums = [0] * len(encoded), [0] * len(encoded), [0] * len(encoded)
         for (width_px, height_px), places in sorted(by_bucket.items()):
-            path = self._free_name(f"packed/{width_px}x{height_px}/{self._shard.digest[:16]}-{number}")
+            path = packed_name(self._shard.digest, number, width_px=width_px, height_px=height_px, taken=taken)
             items = [encoded[place][1] for place in places]
             keys, records = [item.picture.key for item in items], [item.record for item in items]
             written = write_packed(self._latents / path, keys, records, self._config.packed_dtype)
@@ -244,13 +253,6 @@ class _ShardEncoder:
                 file[place], at[place], checksums[place] = len(files), row, written.row_crc32s[row]
             files.append((path, written))
         return files, file, at, checksums
-
-    def _free_name(self, stem: str) -> str:
-        """A name that no file with kept rows has: what is committed is never overwritten."""
-        kept = self._ledger.columns["file"][self._ledger.rows(KEPT)]
-        taken = {self._ledger.files[number].path for number in np.unique(kept).tolist()}
-        names = (f"{stem}{suffix}.npz" for suffix in ["", *(f".{n}" for n in range(1, len(taken) + 2))])
-        return next(name for name in names if name not in taken)
 
     def _as_written(self, path: str, written: WrittenFile) -> LatentFile:
         mtime_ns = (self._latents / path).stat().st_mtime_ns

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_core.config import ConvertLatentsConfig
 from sdxl_core.files import sync_files
-from sdxl_core.latents.formats import LatentRecord, WrittenFile, per_image_name, write_packed, write_per_image
+from sdxl_core.latents.formats import (
+    LatentRecord,
+    WrittenFile,
+    packed_name,
+    per_image_name,
+    write_packed,
+    write_per_image,
+)
 from sdxl_core.latents.formats.packed import PackedDtype
 from sdxl_core.latents.ledger import CommitGroup, LatentFile, Rejection
 
@@ -82,8 +88,7 @@ class GroupWriter:
         files: list[tuple[str, list[Item], WrittenFile]] = []
         used = set(taken)
         for ((width_px, height_px), _), members in sorted(alike.items()):
-            stem = f"packed/{width_px}x{height_px}/{self.digest[:16]}-{number}"
-            path = next(name for name in (f"{stem}{f'.{n}' if n else ''}.npz" for n in count()) if name not in used)
+            path = packed_name(self.digest, number, width_px=width_px, height_px=height_px, taken=used)
             used.add(path)
             keys, records = [item.key for item in members], [item.record for item in members]
             files.append((path, members, write_packed(self.latents / path, keys, records, self.dtype)))

@@ -4,7 +4,7 @@ Pure functions of paths and arrays; ledgers, indexes and settings are their call
 """
 
 from sdxl_core.latents.formats.checksum import crc32
-from sdxl_core.latents.formats.packed import PackedFile, write_packed
+from sdxl_core.latents.formats.packed import PackedFile, packed_name, write_packed
 from sdxl_core.latents.formats.per_image import (
     Naming,
     inspect_per_image,
@@ -21,6 +21,7 @@ __all__ = [
     "WrittenFile",
     "crc32",
     "inspect_per_image",
+    "packed_name",
     "per_image_name",
     "read_per_image",
     "write_packed",

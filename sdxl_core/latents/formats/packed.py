@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,15 @@ BIG = ("latents", "latents_flipped", "alpha_mask", "logvar")
 UNKNOWN_SHA256 = bytes(32)
 BLOCK_BYTES = 1 << 19  # what `verify` reads at once: little enough to stay in a core's cache
 _SCRATCH = Scratch()
+
+
+def packed_name(digest: str, number: int, *, width_px: int, height_px: int, taken: Collection[str]) -> str:
+    """The file of a commit group's pictures of one bucket, POSIX path relative to the latents folder.
+
+    Args:   digest, number: of the shard, of the group.   taken: names that hold committed rows, which stay as they are.
+    """
+    stem = f"packed/{width_px}x{height_px}/{digest[:16]}-{number}"
+    return next(name for name in (f"{stem}{f'.{n}' if n else ''}.npz" for n in count()) if name not in taken)
 
 
 def write_packed(path: Path, keys: Sequence[str], records: Sequence[LatentRecord], dtype: PackedDtype) -> WrittenFile:
