@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(machine())
-    print("\n| pictures | json, s wall / cpu | ours | ratio wall | ratio cpu | json, private MiB | ours |")
+    print("\n| pictures | json, s wall / cpu | ours | ratio wall (min-max) | ratio cpu | json, private MiB | ours |")
     print("|---|---|---|---|---|---|---|")
     for size in map(int, options.sizes.split(",")):
         with tempfile.TemporaryDirectory(prefix="merge_json_") as folder:
@@ -45,12 +45,9 @@ def compare(folder: Path, size: int, repeats: int) -> None:
     shards = make_shards(folder, size)
     os.sync()
     free_before = free_cores()
-    theirs: list[Cost] = []
-    ours: list[Cost] = []
-    for _ in range(repeats):
-        os.sync()  # neither waits for what the other left to be written
-        theirs.append(cost_of([sys.executable, "-c", RIVAL, f"{folder}/theirs.json", *shards]))
-        command = [
+    contenders = {
+        "theirs": [sys.executable, "-c", RIVAL, f"{folder}/theirs.json", *shards],
+        "ours": [
             sys.executable,
             "-m",
             "sdxl_core.cli",
@@ -59,18 +56,24 @@ def compare(folder: Path, size: int, repeats: int) -> None:
             f"{folder}/ours.json",
             "--sources",
             *shards,
-        ]
-        os.sync()
-        ours.append(cost_of(command))
+        ],
+    }
+    memory = {name: cost_of(command).private_mib for name, command in contenders.items()}  # and warms what is cached
+    costs: dict[str, list[Cost]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, command in contenders.items():
+            os.sync()  # neither waits for what the other left to be written
+            costs[name].append(cost_of(command, memory=False))
     assert (folder / "theirs.json").read_bytes() == (folder / "ours.json").read_bytes()
     a, b = (
-        {name: statistics.median(getattr(cost, name) for cost in costs) for name in Cost.__slots__}
-        for costs in (theirs, ours)
+        {kind: statistics.median(getattr(cost, kind) for cost in costs[name]) for kind in ("wall_s", "cpu_s")}
+        for name in ("theirs", "ours")
     )
+    ratios = sorted(x.wall_s / y.wall_s for x, y in zip(costs["theirs"], costs["ours"], strict=True))
     print(
         f"| {size} | {a['wall_s']:.2f} / {a['cpu_s']:.2f} | {b['wall_s']:.2f} / {b['cpu_s']:.2f} "
-        f"| {a['wall_s'] / b['wall_s']:.1f} | {a['cpu_s'] / b['cpu_s']:.1f} "
-        f"| {a['private_mib']:.0f} | {b['private_mib']:.0f} |",
+        f"| {statistics.median(ratios):.1f} ({ratios[0]:.1f}-{ratios[-1]:.1f}) | {a['cpu_s'] / b['cpu_s']:.1f} "
+        f"| {memory['theirs']:.0f} | {memory['ours']:.0f} |",
         flush=True,
     )
     print(f"\n{size}: free cores before {free_before:.2f}, after {free_cores():.2f}\n", file=sys.stderr)
