@@ -122,9 +122,14 @@ def started_work(count: Path) -> Counter[str]:
     """Pictures and steps that were begun since the file was last removed."""
     found: Counter[str] = Counter()
     for line in count.read_text().splitlines() if count.exists() else []:
-        word, number = line.split()
+        word, number, _ = line.split()
         found[word] += int(number)
     return found
+
+
+def workers(count: Path) -> set[str]:
+    """The processes that have begun work."""
+    return {line.split()[2] for line in count.read_text().splitlines()} if count.exists() else set()
 
 
 def wait(look: Callable[[], Any], what: str, *, limit_s: float = ROUND_LIMIT_S) -> float:
@@ -144,12 +149,14 @@ def wait(look: Callable[[], Any], what: str, *, limit_s: float = ROUND_LIMIT_S) 
 
 
 class Watch(threading.Thread):
-    """After a kill: when a sign of notice came first, and when work went on."""
+    """After a kill: when a sign of notice came first, and when work went on.
 
-    def __init__(self, run: Run, kind: str, killed: set[int], count: Path) -> None:
+    Args: there: the processes that were there before the kill, by role.   begun: those that had begun work.
+    """
+
+    def __init__(self, run: Run, kind: str, there: dict[str, set[int]], begun: set[str], count: Path) -> None:
         super().__init__(daemon=True)
-        self.run_, self.kind, self.killed, self.count = run, kind, killed, count
-        self.roles = {"worker and flow": ("flow",), "power cut": ("flow",)}.get(kind, (kind,))
+        self.run_, self.kind, self.there, self.begun, self.count = run, kind, there, begun, count
         self.before = started_work(count)
         self.began, self.began_at = time.monotonic(), time.time()
         self.noticed: tuple[float, str] | None = None
@@ -158,21 +165,20 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while self.noticed is None or self.working_s is None:
             now = time.monotonic() - self.began
-            if self.working_s is None and started_work(self.count) != self.before and self._is_replaced():
+            if self.working_s is None and self._works():
                 self.working_s = now
             if self.noticed is None:
                 self.noticed = self._sign(now)
             time.sleep(LOOK_EVERY_S)
 
-    def _is_replaced(self) -> bool:
-        """Whether there are new processes in place of the killed ones: others' work is no sign of recovery."""
+    def _works(self) -> bool:
+        """Whether a process began work that had not before; where the work itself was not killed, any one."""
         if self.kind in ("worker", "server"):
-            return True  # the run itself goes on, or is replaced: whichever works first
-        role = "trainer" if self.run_.step() or self.kind == "trainer" else "slot"
-        return bool(self.run_.pids(role) - self.killed)
+            return started_work(self.count) != self.before
+        return bool(workers(self.count) - self.begun)
 
     def _sign(self, now: float) -> tuple[float, str] | None:
-        if any(self.run_.pids(role) - self.killed for role in self.roles if role != "flow"):
+        if self.kind in self.there and self.run_.pids(self.kind) - self.there[self.kind]:
             return now, "a new process"
         try:
             late = [state for state in self.run_.states() if state.timestamp.timestamp() > self.began_at]
@@ -213,7 +219,10 @@ def one_round(service: Service, folder: Path, number: int, seed: int) -> Round:
     wait(lambda: run.share_done(expected["pictures"]) >= share and run.pids(role), f"{share:.0%} of the work")
     time.sleep(pause_s)
     moment = f"{run.committed()} latents, step {run.step()}"
-    watch = Watch(run, kind, kill(run, kind), count)
+    there = {role: run.pids(role) for role in ("slot", "trainer", "worker", "server")}
+    begun = workers(count)
+    killed = kill(run, kind)
+    watch = Watch(run, kind, there, begun, count)
     watch.start()
     began = time.monotonic()
     if kind == "power cut":
@@ -224,7 +233,7 @@ def one_round(service: Service, folder: Path, number: int, seed: int) -> Round:
     noticed_s, noticed_as = watch.noticed or (float("nan"), "no sign seen")
     work = started_work(count)
     return Round(
-        number, kind, moment, len(watch.killed), round(noticed_s, 1), noticed_as,
+        number, kind, moment, len(killed), round(noticed_s, 1), noticed_as,
         round(watch.working_s if watch.working_s is not None else float("nan"), 1), round(finished_s, 1),
         work["encode"] - expected["pictures"], work["step"] - STEPS, [state.name for state in run.states()],
         differences(digests(out), expected["digests"]),

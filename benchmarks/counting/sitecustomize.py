@@ -1,7 +1,7 @@
 """Counts pictures that a VAE begins to encode and steps that a trainer begins. With this folder on PYTHONPATH and
 
-CHAOS_COUNT=FILE, every process appends "encode N" or "step 1" to the file as its work begins: work that a kill throws
-away is counted too. Read by benchmarks/chaos.py.
+CHAOS_COUNT=FILE, every process appends "encode N PID" or "step 1 PID" to the file as its work begins: work that a kill
+throws away is counted too. Read by benchmarks/chaos.py.
 """
 
 import importlib.abc
@@ -12,7 +12,7 @@ import sys
 
 def count(word, number):
     file = os.open(os.environ["CHAOS_COUNT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(file, f"{word} {number}\n".encode())
+    os.write(file, f"{word} {number} {os.getpid()}\n".encode())
     os.close(file)
 
 
