@@ -301,17 +301,27 @@ def _connected(address: str) -> Iterator[None]:
                 f"This machine must belong to it: `ray start --address=HEAD:6379` (docs/cluster.md)."
             ) from error
         stack.callback(ray.shutdown)
+        if address == "local":
+            node = ray._private.worker._global_node
+            kill = node.kill_all_processes
+            node.kill_all_processes = lambda **_: kill(check_alive=False)  # at once: gracefully takes a second each
         yield
 
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in place of the one that answers a cancelled run."""
+    """Keep SIGTERM ours while Ray starts: a cancelled run is sent it, and so is all of its process group.
+
+    Ray puts a handler of its own in place of the one that answers. Its processes inherit the mask, so that they live
+    until we end them: their sudden end would make ours slow, and look like a death.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
