@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from sdxl_core import __version__
 from sdxl_core.devices import READY_WITHIN_S, Slot, SlotDied, Slots, share_cores
 from sdxl_core.errors import ConfigError
+from sdxl_core.processes import families, kill
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -300,28 +301,43 @@ def _connected(address: str) -> Iterator[None]:
                 f"ray_address = {address}: no Ray cluster can be used there ({str(error).strip().splitlines()[0]}). "
                 f"This machine must belong to it: `ray start --address=HEAD:6379` (docs/cluster.md)."
             ) from error
-        stack.callback(ray.shutdown)
-        if address == "local":
-            node = ray._private.worker._global_node
-            kill = node.kill_all_processes
-            node.kill_all_processes = lambda **_: kill(check_alive=False)  # at once: gracefully takes a second each
+        stack.callback(_end_own if address == "local" else ray.shutdown)
         yield
+
+
+def _end_own() -> None:
+    """End the Ray of this process at once. By itself it gives each process a second, and leaves agents for longer."""
+    import ray
+
+    node = ray._private.worker._global_node
+    processes = families(info.process.pid for infos in node.all_processes.values() for info in infos)
+    kill_node = node.kill_all_processes
+    node.kill_all_processes = lambda **_: kill_node(check_alive=False)
+    ray.shutdown()
+    kill(processes)
 
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep SIGTERM ours while Ray starts: a cancelled run is sent it, and so is all of its process group.
 
-    Ray puts a handler of its own in place of the one that answers. Its processes inherit the mask, so that they live
-    until we end them: their sudden end would make ours slow, and look like a death.
+    Ray puts a handler of its own in place of the one that answers. Its processes get groups of their own, so that they
+    live until we end them: their sudden end would make ours slow, and look like a death.
     """
+    from ray._private import utils
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before, prepare_child = signal.getsignal(signal.SIGTERM), utils.set_kill_on_parent_death_linux
+
+    def prepare_child_in_a_group() -> None:
+        prepare_child()
+        os.setpgrp()
+
+    utils.set_kill_on_parent_death_linux = prepare_child_in_a_group
     try:
         yield
     finally:
+        utils.set_kill_on_parent_death_linux = prepare_child
         signal.signal(signal.SIGTERM, before)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

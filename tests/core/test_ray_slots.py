@@ -145,6 +145,46 @@ def test_a_ray_of_its_own_listens_on_loopback_and_dies_with_a_killed_driver(tmp_
     assert not marked(str(tmp_path))
 
 
+CANCELLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from sdxl_core.ray_slots import RaySlots
+
+class Cancelled(BaseException): pass
+
+def cancel(*_): raise Cancelled
+
+def work(slot):
+    try: slot.run(time.sleep, 600)
+    except BaseException as error: print(type(error).__name__, flush=True)
+
+signal.signal(signal.SIGTERM, cancel)
+witness = Path(sys.argv[1]); witness.write_text("job")
+try:
+    with RaySlots("cpu", address="local", witness=witness) as slots:
+        slots.slots[0].run(os.getpid)
+        busy = threading.Thread(target=work, args=(slots.slots[0],)); busy.start(); time.sleep(0.5)
+        asked = time.monotonic(); os.killpg(os.getpgid(0), signal.SIGTERM); time.sleep(60)
+except Cancelled:
+    print(time.monotonic() - asked, flush=True)
+"""
+
+
+def test_a_signal_to_the_whole_group_cancels_as_ever_and_ray_ends_at_once(tmp_path: Path) -> None:
+    """As a worker cancels a run. Ray would take the signal for its own, end first, and make the call look dead."""
+    command = [sys.executable, "-c", CANCELLED, str(tmp_path / "witness")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MARK_OF_THIS_TEST": str(tmp_path)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=120, start_new_session=True
+    )
+    error, seconds = done.stdout.split()
+    assert error == "SlotsClosed" and float(seconds) < 5
+    deadline = time.monotonic() + 10
+    while marked(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not marked(str(tmp_path))
+
+
 def test_without_ray_installed_it_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
