@@ -19,7 +19,7 @@ up: setup
 	$(BIN)/sdxl-flows up
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-system: setup
 	$(BIN)/python -m pytest -m system -n 2 --dist loadfile tests/system
