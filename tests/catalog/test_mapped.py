@@ -1,16 +1,14 @@
 """Mapped parts: as many as there are, given back when a pass has gone on, shared by forked workers without copies."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from support.rows import catalog_of
-from torch.utils.data import DataLoader, Dataset
 
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.query.grammar import parse
@@ -48,11 +46,6 @@ def mapped_kib(catalog: Catalog) -> int:
     return total
 
 
-def private_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def test_a_pass_gives_back_the_pages_behind_it_and_what_it_returned_stays_right(catalog: Catalog) -> None:
     chunks = list(Catalog.open(catalog.path).chunks(["key", "caption"]))
     assert sum(chunk.table.num_rows for chunk in chunks) == NUM_ROWS
@@ -67,34 +60,42 @@ def test_a_pass_gives_back_the_pages_behind_it_and_what_it_returned_stays_right(
     assert mapped_kib(catalog) - before < 1_000
 
 
-class Rows(Dataset[tuple[int, int, str]]):
-    """What a training set does with a catalog, and what it costs the worker's memory."""
+LOADER = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from sdxl_core.catalog.records import Catalog
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
+class Rows(Dataset):  # what a training set does with a catalog, and what it costs the worker's memory
+    def __len__(self):
+        return num_rows
+    def __getitem__(self, place):
+        row = opened.take(np.asarray([place]), ["key", "caption", "tags"]).to_pylist()[0]
+        assert row["caption"] == f"{place} {caption}" and len(row["tags"]) == 2
+        lines = Path("/proc/self/status").read_text().splitlines()
+        private_kib = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return os.getpid(), private_kib, row["key"]
 
-    def __len__(self) -> int:
-        return NUM_ROWS
-
-    def __getitem__(self, place: int) -> tuple[int, int, str]:
-        row = self.catalog.take(np.asarray([place]), ["key", "caption", "tags"]).to_pylist()[0]
-        assert row["caption"] == f"{place} {CAPTION}" and len(row["tags"]) == 2
-        return os.getpid(), private_kib(), row["key"]
+num_rows, caption = int(sys.argv[2]), sys.argv[3]
+opened = Catalog.open(Path(sys.argv[1]))
+opened.take(np.arange(num_rows), ["key", "caption", "tags"])  # mapped and touched before the forks
+loader = DataLoader(Rows(), batch_size=None, shuffle=False, num_workers=2, multiprocessing_context="fork")
+print(json.dumps({"parent": os.getpid(), "rows": list(loader)}))
+"""
 
 
 def test_forked_loader_workers_read_safely_and_copy_nothing(catalog: Catalog) -> None:
-    opened = Catalog.open(catalog.path)
-    opened.take(np.arange(NUM_ROWS), ["key", "caption", "tags"])  # mapped and touched before the forks
-    loader: Any = DataLoader(
-        Rows(opened), batch_size=None, shuffle=False, num_workers=2, multiprocessing_context="fork"
-    )
+    """In a process of its own, as a trainer is: a forked child of one that ran a flow ends with Prefect's error."""
+    command = [sys.executable, "-c", LOADER, str(catalog.path), str(NUM_ROWS), CAPTION]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not run.returncode, run.stderr
+    found = json.loads(run.stdout)
+    assert [key for _, _, key in found["rows"]] == [str(n) for n in range(NUM_ROWS)]
     memory: dict[int, list[int]] = {}
-    keys = []
-    for worker, private, key in loader:
+    for worker, private, _ in found["rows"]:
         memory.setdefault(worker, []).append(private)
-        keys.append(key)
-    assert keys == [str(n) for n in range(NUM_ROWS)]
-    assert len(memory) == 2 and os.getpid() not in memory
+    assert len(memory) == 2 and found["parent"] not in memory
     for sizes in memory.values():  # each read half of 18 MB
         assert max(sizes[100:]) - sizes[100] < 2_048
 
