@@ -195,15 +195,13 @@ class RaySlots(Slots):
         self._connection = ExitStack()
 
     def __enter__(self) -> RaySlots:
-        self._connection.enter_context(_connected(self._address))
-        try:
+        with ExitStack() as connection:
+            connection.enter_context(_connected(self._address))
             kinds, num_slots = _placed(self._wanted, _machines())
             make = partial(_make, num_slots=num_slots, witness=(self._witness.resolve(), self._witness.read_bytes()))
             for kind in kinds:
                 self.add(RaySlot(kind, make))
-        except BaseException:
-            self._connection.close()
-            raise
+            self._connection = connection.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
