@@ -20,17 +20,25 @@ def read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     try:
         data = orjson.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: there is no such metadata file. `sdxl-flows merge-tags` makes it.") from error
+        raise ConfigError(f"{path}: there is no such metadata file. `sdxl-flows {maker_of(path)}` makes it.") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: this is a folder; name the metadata JSON in it.") from error
     except orjson.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error}). Make it again with `sdxl-flows merge-tags`.") from error
+        raise DataError(
+            f"{path}: not valid JSON ({error}). It may have been cut short while it was copied. Make it again with "
+            f"`sdxl-flows {maker_of(path)}`."
+        ) from error
     if not isinstance(data, dict):
         raise DataError(f"{path}: holds a {type(data).__name__}; metadata is one object, picture key -> entry.")
     if not data:
-        raise DataError(f"{path}: holds no picture. Make it again with `sdxl-flows merge-tags`, or name another.")
+        raise DataError(f"{path}: holds no picture. Make it again with `sdxl-flows {maker_of(path)}`, or name another.")
     check_entries(path, data)
     return data
+
+
+def maker_of(path: Path) -> str:
+    """The command that makes a metadata file of that name."""
+    return "cache-latents" if path.name.startswith("meta_lat") else "merge-tags"
 
 
 def check_entries(path: Path, entries: dict[str, Any]) -> None:
