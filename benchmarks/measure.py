@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SAMPLE_EVERY_S = 0.05
+SAMPLE_EVERY_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`private_mib`, `rss_mib`: peaks of sums over the process tree. Pages of mapped files count in `rss` only."""
+    """`private_mib`, `rss_mib`: peaks of sums over the process tree. Pages of mapped files count in `rss` only.
+
+    What forked processes share, both sums count once for each of them.
+    """
 
     wall_s: float
     cpu_s: float
@@ -91,14 +94,14 @@ def renew(page: Path, top: str) -> None:
 
 
 def _tree(root: int) -> list[int]:
+    """A process and what it started: their numbers are higher, so that no others have to be looked at."""
     children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdecimal():
-            try:
-                fields = Path(entry.path, "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) > root):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(pid)
     found = [root]
     for pid in found:
         found += children.get(pid, [])

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import free_cores
+from measure import Cost, cost_of, free_cores
 
 RIVAL = """
 import json
@@ -78,10 +78,7 @@ def cpu():
 before, start = cpu(), time.perf_counter()
 merge(sys.argv[1], sys.argv[2])
 wall = time.perf_counter() - start
-with open("/proc/self/status") as file:  # ru_maxrss of this process would count its parent's memory before exec
-    own = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-peak = max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-print(json.dumps({"wall_s": wall, "cpu_s": cpu() - before, "rss_mib": peak / 1024}))
+print(json.dumps({"wall_s": wall, "cpu_s": cpu() - before}))
 """
 
 
@@ -91,10 +88,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     print_machine()
+    os.environ.update(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1")
     print(
-        "| pictures | what | wall, s | rival / it, wall (min–max) | cpu, s | rival / it, cpu | largest process, MiB |"
+        "| pictures | what | wall, s | rival / it, wall (min–max) | cpu, s | rival / it, cpu "
+        "| all processes, private, MiB | RSS, MiB |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for num_images in map(int, arguments.sizes.split(",")):
         with tempfile.TemporaryDirectory(prefix="merge_tags_") as folder:
             compare(Path(folder), num_images, arguments.repeats)
@@ -125,8 +124,11 @@ def compare(folder: Path, num_images: int, repeats: int) -> None:
         "ours, second run": OURS.replace("{one_process}", "False"),
         "listing and reading alone": BARE,  # no text is looked at, nothing is written: what no Python can undercut
     }
-    for code in contenders.values():  # warm the page cache and the bytecode
-        measure(code, folder / "in", folder / "warm" / "out.json")
+    memory: dict[str, Cost] = {}  # in a run of its own, which warms the page cache and the bytecode too
+    for name, code in contenders.items():
+        if not name.endswith("second run"):
+            shutil.rmtree(folder / "warm", ignore_errors=True)
+        memory[name] = memory_of(code, folder / "in", folder / "warm" / "out.json")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     free_before = free_cores()
     for _ in range(repeats):
@@ -152,7 +154,7 @@ def compare(folder: Path, num_images: int, repeats: int) -> None:
         print(
             f"| {num_images} | {name} | {middle['wall_s']:.3f} | {statistics.median(ratios['wall_s']):.1f} "
             f"({ratios['wall_s'][0]:.1f}–{ratios['wall_s'][-1]:.1f}) | {middle['cpu_s']:.3f} | "
-            f"{statistics.median(ratios['cpu_s']):.1f} | {middle['rss_mib']:.0f} |",
+            f"{statistics.median(ratios['cpu_s']):.1f} | {memory[name].private_mib:.0f} | {memory[name].rss_mib:.0f} |",
             flush=True,
         )
     print(f"\n{num_images}: free cores before {free_before:.2f}, after {free_cores():.2f}\n", file=sys.stderr)
@@ -171,12 +173,18 @@ def make_collection(folder: Path, num_images: int) -> None:
         (folder / f"{number:07}.txt").write_text(", ".join(tags) + "\n", "utf-8")
 
 
-def measure(code: str, folder: Path, out: Path) -> dict[str, float]:
+def command_of(code: str, folder: Path, out: Path) -> list[str]:
     out.parent.mkdir(exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code + TIMED, folder, out], env=environment, capture_output=True, text=True, check=False
-    )
+    return [sys.executable, "-c", code + TIMED, str(folder), str(out)]
+
+
+def memory_of(code: str, folder: Path, out: Path) -> Cost:
+    """Private and resident memory of all processes together, with the interpreter and its imports."""
+    return cost_of(command_of(code, folder, out))
+
+
+def measure(code: str, folder: Path, out: Path) -> dict[str, float]:
+    done = subprocess.run(command_of(code, folder, out), capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     result: dict[str, float] = json.loads(done.stdout)

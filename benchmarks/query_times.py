@@ -1,4 +1,4 @@
-"""What queries of catalogs cost within one process, by a scan and through the index; the two answers are compared.
+"""What queries of a catalog cost within one process, by a scan and through the index; the two answers are compared.
 
 python benchmarks/query_times.py CATALOG …     (each with its index, as `sdxl-flows catalog` makes them)
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-from measure import machine
+from measure import cost_of, machine
 from query import FULL, PLAIN
 
 from sdxl_core.catalog.records import Catalog
@@ -28,14 +30,17 @@ def main() -> None:
     parser.add_argument("catalogs", type=Path, nargs="+")
     options = parser.parse_args()
     print(f"{machine()}; load before: {os.getloadavg()[0]:.1f}\n")
+    print("The last line of each: memory of the process that ran all of these queries, private and RSS.\n")
     print(
         "| rows | query | pictures | scan, ms | scan, cpu s a million | index, ms | first, ms | index, ms a million |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for path in options.catalogs:
-        catalog = Catalog.open(path)
-        for text in QUERIES:
-            told(catalog, text)
+        with tempfile.NamedTemporaryFile(suffix=".log") as log:
+            cost = cost_of([sys.executable, __file__, "one", str(path)], log=Path(log.name))
+            print(Path(log.name).read_text(), end="")
+        rows, memory = Catalog.open(path).num_records, f"{cost.private_mib:.0f}, {cost.rss_mib:.0f} MiB"
+        print(f"| {rows:,} | memory | | | | | | {memory} |", flush=True)
 
 
 def told(catalog: Catalog, text: str) -> None:
@@ -61,4 +66,8 @@ def told(catalog: Catalog, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["one"]:
+        for text in QUERIES:
+            told(Catalog.open(Path(sys.argv[2])), text)
+    else:
+        main()

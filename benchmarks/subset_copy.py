@@ -1,6 +1,6 @@
 """Subsets of pairs (picture + tags): ours in each way against shutil.copy2, alternately, in fresh processes.
 
-python benchmarks/subset_copy.py [--sizes 2000,8000,32000] [--repeats 3] [--folder DIR]
+python benchmarks/subset_copy.py [--sizes 1000,4000,16000] [--repeats 3] [--folder DIR]
 DIR on xfs or btrfs shows reflinks too.
 """
 
@@ -75,7 +75,7 @@ Path(sys.argv[-1]).write_text(str(time.perf_counter() - start))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="2000,8000,32000")
+    parser.add_argument("--sizes", default="1000,4000,16000")
     parser.add_argument("--picture-bytes", type=int, default=30_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ways", default="copy,hardlink,symlink,manifest")

@@ -6,7 +6,7 @@ import filecmp
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,12 +198,11 @@ def all_stand(ledger: Ledger, out: Path) -> bool:
     return all(_stands(f"{out}/{name}", states[0], ledger.marks.get(name)) for name, states in ledger.written.items())
 
 
-def is_ours(ledger: Ledger, name: str, out: Path) -> bool:
-    """Whether the file with that name is still as one of our runs left it."""
-    path, mark = out / name, ledger.marks.get(name)
+def is_ours(path: Path, states: Collection[FileState], mark: str | None) -> bool:
+    """Whether a file is still as one of our runs left it. Args: states, mark: what the ledger knows of it."""
     if path.is_symlink():
         return mark is None or os.readlink(path) == mark
-    return _is_inode(mark, path.stat()) or _state(path) in ledger.written[name]
+    return _is_inode(mark, path.stat()) or _state(path) in states
 
 
 def _stands(path: str, state: FileState, mark: str | None) -> bool:

@@ -6,6 +6,7 @@ import filecmp
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +20,11 @@ from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.files import atomic_writer, digest_of_all, disk_errors, remove_stale_partials, write_atomic
 from sdxl_core.refs import ShardRef, SubsetPlanRef
 from sdxl_core.rejected import Rejected, write_rejected
+from sdxl_core.subset.known import KnownFiles, known_files
 from sdxl_core.subset.ledger import HEAD_FILE, LEDGER_SUFFIX, Ledger, ledger_path, read_head, work_folder
 from sdxl_core.subset.methods import try_link
 from sdxl_core.subset.picks import wanted_groups
-from sdxl_core.subset.placed import Placed, is_ours, state_of
-from sdxl_core.subset.wanted import FileState
+from sdxl_core.subset.placed import Placed, state_of
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 FORMAT = 2
@@ -65,7 +66,7 @@ class Picks:
             "catalog": str(self.catalog.path),
             "catalog_digest": self.catalog.digest,
             "settings": self.settings,
-            "records": hashlib.sha256(self.records.tobytes()).hexdigest(),
+            "records": hashlib.sha256(self.records.data).hexdigest(),
         }
         metadata = {b"picks": orjson.dumps(told)}
         if not _says(path, metadata):
@@ -84,8 +85,7 @@ def plan_picks(picks: Picks, *, shard_size: int, others: Sequence[Rejected], num
 
     First everything is looked at, and refused if it cannot be done; then files of ours that nobody wants any more are
     removed, and what is known of the others goes to the ledgers of their new shards. A shard's digest covers the names,
-    places, sizes and times of its files, and the settings. Only a change of the picks holds what is known of the files
-    of changed shards, about 500 bytes a file.
+    places, sizes and times of its files, and the settings.
     Args:   others: rows of the rejected list that are none of the picks, of which `num_refused` are no records either.
     Raises: ConfigError: `out` belongs to other settings; links are not possible.   DataError: a file of others is in
             the way, or one of ours that must leave was changed.
@@ -94,20 +94,20 @@ def plan_picks(picks: Picks, *, shard_size: int, others: Sequence[Rejected], num
     head = read_head(out, settings=picks.settings)
     path = work_folder(out) / PICKED_FILE
     shards = tuple(_shards(picks, path, shard_size))
-    old = _Old.of(out, head, {shard.digest for shard in shards})
-    heirs = list(_look(picks, shards, old)) if old.is_something_there else []
-    stale = old.stale()
     told = {"settings": picks.settings, "finished": False, "shards": [shard.digest for shard in shards]}
-    remove_stale_partials(out, name="*", recursive=head is None or not head["finished"])
-    for ledger in heirs:
-        ledger.finished = False
-        ledger.write()
-    if head is None or head.get("shards") != told["shards"]:
-        write_atomic(out / HEAD_FILE, orjson.dumps(told))
+    is_something_there = _is_something_there(out)
+    old = _old_ledgers(out, {shard.digest for shard in shards})
+    remove_stale_partials(work_folder(out), name="*")
+    with known_files(out, _ledgers(out, head, old)) as known:
+        if is_something_there:
+            _look(picks, shards, known)
+        known.check_unwanted()
+        remove_stale_partials(out, name="*", recursive=head is None or not head["finished"])
+        if head is None or head.get("shards") != told["shards"]:
+            write_atomic(out / HEAD_FILE, orjson.dumps(told))
+        known.remove_unwanted()
     with disk_errors(out):
-        for name in stale:
-            (out / name).unlink(missing_ok=True)
-        for ledger_file in old.paths:
+        for ledger_file in old:
             ledger_file.unlink(missing_ok=True)
     write_if_news(work_folder(out) / OTHERS_FILE, others)
     return SubsetPlanRef(
@@ -143,67 +143,39 @@ def _identity(picks: Picks, records: Ints, tried: set[int]) -> Iterator[str | by
                 yield wanted.text
 
 
-@dataclass(slots=True)
-class _Old:
-    """What is known of files whose shards are no more. `paths`: their ledgers.   `wanted`: names in new shards."""
-
-    out: Path
-    known: Ledger
-    paths: list[Path]
-    wanted: set[str]
-    is_something_there: bool
-
-    @classmethod
-    def of(cls, out: Path, head: dict[str, Any] | None, digests: set[str]) -> Self:
-        kept = {ledger_path(out, digest) for digest in digests}
-        paths = [path for path in sorted(work_folder(out).glob(f"*{LEDGER_SUFFIX}")) if path not in kept]
-        known = Ledger(out / HEAD_FILE)
-        if head is not None and "files" in head:  # of a version that had one ledger
-            known = Ledger.of(out / HEAD_FILE, head)
-        for path in paths:
-            ledger = Ledger.read(path)
-            for name, states in ledger.written.items():
-                known.written[name] = (*known.written.get(name, ()), *states)
-            known.marks |= ledger.marks
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        is_something_there = any(not name.startswith(".lock") for name in names)
-        return cls(out, known, paths, set(), is_something_there)
-
-    def give(self, ledger: Ledger, names: Iterable[str]) -> bool:
-        """Tell a shard's ledger what is known of its names. Returns whether anything was."""
-        found = [name for name in names if name in self.known.written]
-        for name in found:
-            states: tuple[FileState, ...] = (*ledger.written.get(name, ()), *self.known.written[name])
-            ledger.written[name] = tuple(dict.fromkeys(states))
-            if name in self.known.marks:
-                ledger.marks[name] = self.known.marks[name]
-        self.wanted.update(found)
-        return bool(found)
-
-    def stale(self) -> list[str]:
-        """Our files that nobody wants any more. Raises: DataError: one of them is no longer as we left it."""
-        left = (name for name in self.known.written if name not in self.wanted)
-        gone = [name for name in left if os.path.lexists(self.out / name)]
-        for name in gone:
-            if not is_ours(self.known, name, self.out):
-                raise DataError(
-                    f"{self.out / name} belongs to a picture that the query no longer picks, but was changed since it "
-                    f"was copied; it is not removed. Remove it, or choose another out folder."
-                )
-        return gone
+def _is_something_there(out: Path) -> bool:
+    with suppress(FileNotFoundError), os.scandir(out) as entries:
+        return any(not entry.name.startswith(".lock") for entry in entries)
+    return False
 
 
-def _look(picks: Picks, shards: Sequence[ShardRef], old: _Old) -> Iterator[Ledger]:
-    """Look whether every shard can be placed; yields the ledgers that learn of files of shards that are no more."""
+def _old_ledgers(out: Path, digests: set[str]) -> list[Path]:
+    """The ledgers of shards that are no more."""
+    kept = {ledger_path(out, digest) for digest in digests}
+    return [path for path in sorted(work_folder(out).glob(f"*{LEDGER_SUFFIX}")) if path not in kept]
+
+
+def _ledgers(out: Path, head: dict[str, Any] | None, paths: Iterable[Path]) -> Iterator[Ledger]:
+    if head is not None and "files" in head:  # of a version that had one ledger
+        yield Ledger.of(out / HEAD_FILE, head)
+    yield from map(Ledger.read, paths)
+
+
+def _look(picks: Picks, shards: Sequence[ShardRef], known: KnownFiles) -> None:
+    """Look whether every shard can be placed; what is known of its files goes to its ledger.
+
+    Raises: as `Placed.plan`. What ledgers have learned by then is true, whatever is picked next.
+    """
     for shard in shards:
         ledger = Ledger.read(ledger_path(picks.out, shard.digest))
         is_heir = False
-        if old.known.written:
+        if not known.is_empty:
             names = (file.name for group in wanted_groups(picks.catalog, picks.part(shard)) for file in group.files)
-            is_heir = old.give(ledger, names)
+            is_heir = known.give(ledger, names)
         Placed(picks.out, picks.how, ledger).plan(wanted_groups(picks.catalog, picks.part(shard)))
         if is_heir:
-            yield ledger
+            ledger.finished = False
+            ledger.write()
 
 
 def _says(path: Path, metadata: dict[bytes, bytes]) -> bool:
