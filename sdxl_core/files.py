@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fnmatch
 import hashlib
 import os
 import re
@@ -138,11 +139,17 @@ def remove_stale_partials(folder: Path, *, name: str, recursive: bool = False) -
 
     Args:   name: pattern of the final file names ("*": all of them).   recursive: in sub-folders too.
     """
-    pattern = f".{name}.*-*.partial"
-    for partial in folder.rglob(pattern) if recursive else folder.glob(pattern):
-        pid = partial.name.rsplit(".", 2)[1].partition("-")[0]
-        if pid.isdecimal() and process_start(int(pid)) is None:
-            partial.unlink(missing_ok=True)
+    named = re.compile(fnmatch.translate(f".{name}.*-*.partial")).match
+    folders = [str(folder)]
+    while folders:
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:  # one at a time: there may be millions
+                if recursive and entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.name.endswith(".partial") and named(entry.name):
+                    pid = entry.name.rsplit(".", 2)[1].partition("-")[0]
+                    if pid.isdecimal() and process_start(int(pid)) is None:
+                        Path(entry.path).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sdxl_core.subset.ledger import Ledger, work_folder
 from sdxl_core.subset.placed import is_ours
 from sdxl_core.subset.wanted import FileState
 
-_CACHE_KIB = 16_384
+_CACHE_KIB = 8_192
 _NEW = f"""
 PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode = EXCLUSIVE; PRAGMA cache_size = -{_CACHE_KIB};
 CREATE TABLE files (name TEXT PRIMARY KEY, states TEXT, mark TEXT, is_wanted INTEGER DEFAULT 0) WITHOUT ROWID;
