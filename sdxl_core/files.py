@@ -142,7 +142,7 @@ def remove_stale_partials(folder: Path, *, name: str, recursive: bool = False) -
     named = re.compile(fnmatch.translate(f".{name}.*-*.partial")).match
     folders = [str(folder)]
     while folders:
-        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folders.pop()) as entries:
             for entry in entries:  # one at a time: there may be millions
                 if recursive and entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
