@@ -6,20 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
+from sdxl_core.catalog.build import build_catalog
+from sdxl_core.catalog.config import CatalogConfig, CatalogSource
+from sdxl_core.catalog.records import Catalog
 from sdxl_core.config import SubsetConfig, SubsetHow
 from sdxl_core.errors import DataError, LockedError
 from sdxl_core.lock import output_lock
 from sdxl_core.refs import SubsetRef, to_json
 from sdxl_core.rejected import read_rejected
-from sdxl_core.subset.run import join_placed
+from sdxl_core.subset.run import join_placed, subset_records
 from sdxl_core.subset.shard import place_shard, shard_is_placed
 from sdxl_core.subset.stage import plan_subset, subset
 
@@ -160,12 +167,6 @@ def test_a_subset_of_one_ledger_is_taken_over(source: Path) -> None:
 
 
 def test_words_of_the_same_length_that_changed_are_written_again(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    from sdxl_core.catalog.build import build_catalog
-    from sdxl_core.catalog.config import CatalogConfig, CatalogSource
-
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "7.png").write_bytes(b"seven")
     sources = (CatalogSource(path=tmp_path / "in", use=("images",)), CatalogSource(path=tmp_path / "posts.parquet"))
@@ -219,3 +220,29 @@ def test_a_run_killed_between_shards_equals_an_undisturbed_one(tmp_path: Path) -
     assert (ref.digest, ref.num_kept) == (whole.digest, 400)
     assert seen(tmp_path / "out") == seen(tmp_path / "whole")
     assert not read_rejected(ref.rejected)
+
+
+def test_other_picks_take_no_memory_for_the_files_that_are_there(tmp_path: Path) -> None:
+    def peak_bytes(num_pictures: int) -> int:
+        folder = tmp_path / f"{num_pictures}"
+        (folder / "in").mkdir(parents=True)
+        for number in range(num_pictures):
+            (folder / "in" / f"{number}.png").touch()
+            (folder / "in" / f"{number}.txt").touch()
+        build_catalog(CatalogConfig(sources=(CatalogSource(path=folder / "in"),), out=folder / "catalog", processes=1))
+        catalog = Catalog.open(folder / "catalog")
+
+        def placed(records: np.ndarray[Any, Any]) -> int:
+            options: Any = {"settings": {"query": ""}, "how": "hardlink", "out": folder / "out", "shard_size": 100}
+            return subset_records(catalog, records, **options).num_kept
+
+        assert placed(np.arange(num_pictures)) == num_pictures
+        tracemalloc.start()
+        try:
+            assert placed(np.arange(1, num_pictures)) == num_pictures - 1  # every shard is another one now
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few = peak_bytes(200)
+    assert peak_bytes(1_400) - few < 200 * 1_200  # 200 bytes a picture; two files of each are known
