@@ -26,6 +26,7 @@ from sdxl_core.catalog.parts import key_hashes
 from sdxl_core.errors import DataError
 from sdxl_core.files import atomic_writer, write_atomic
 from sdxl_core.latents.formats.checksum import crc32
+from sdxl_core.latents.ledger import LatentFile
 from sdxl_core.latents.tables import checked_json, parse_checked
 
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -127,37 +128,6 @@ class LatentIndex:
         """`FILES` of files by number. Raises: as `take`."""
         return self._files.take(np.asarray(numbers, np.int64), self._files.num_rows, FILES.names)
 
-    @property
-    def num_files(self) -> int:
-        return self._files.num_rows
-
-    def find(self, key: str) -> int:
-        """The row of a key, -1 where there is none."""
-        return int(self.find_all([key])[0])
-
-    def find_all(self, keys: Sequence[str]) -> Ints:
-        """int64: the row of each key, -1 where there is none."""
-        found = np.full(len(keys), -1, np.int64)
-        if not self.num_rows or not len(keys):
-            return found
-        table = self._keys.batch(0)
-        hashes, rows = table["key_hash"].to_numpy(), table["row"].to_numpy()
-        wanted = key_hashes(pa.array(list(keys), pa.string())).to_numpy()
-        places = np.searchsorted(hashes, wanted)
-        open_ones = np.arange(len(keys))
-        while len(open_ones):  # once, unless two keys share a hash
-            open_ones = open_ones[places[open_ones] < len(hashes)]
-            open_ones = open_ones[hashes[places[open_ones]] == wanted[open_ones]]
-            if not len(open_ones):
-                break
-            candidates = rows[places[open_ones]].astype(np.int64)
-            names = self.take(candidates, ["key"])["key"].to_pylist()
-            same = np.array([name == keys[number] for name, number in zip(names, open_ones, strict=True)], bool)
-            found[open_ones[same]] = candidates[same]
-            open_ones = open_ones[~same]
-            places[open_ones] += 1
-        return found
-
     def verify(self) -> list[str]:
         """Read every byte of the index. Returns what is wrong, one sentence a damaged batch."""
         problems = []
@@ -228,6 +198,25 @@ class IndexWriter:
         with _TableWriter(self._latents / self._names[INDEX_KEYS], KEYS, batch_rows=max(1, len(order))) as writer:
             writer.add([pa.array(hashes[order]), pa.array(order)])
         return writer.told()
+
+
+class FileNumbers:
+    """Numbers in an index of the files of several shards; each file is entered when it is first asked for."""
+
+    def __init__(self, writer: IndexWriter, layout: str) -> None:
+        self._writer, self._layout = writer, layout
+        self._known: dict[int, Ints] = {}
+
+    def of(self, shard: int, files: Sequence[LatentFile], wanted: Ints) -> Ints:
+        """int32: the number in the index of each wanted one of a shard's files. Args: wanted: positions in `files`."""
+        known = self._known.setdefault(shard, np.full(len(files), -1, np.int32))
+        new = np.unique(wanted[known[wanted] < 0])
+        if len(new):
+            some = [files[number] for number in new.tolist()]
+            sizes = np.array([file.num_bytes for file in some], np.int64)
+            first = self._writer.add_files(pa.array([file.path for file in some], pa.string()), sizes, self._layout)
+            known[new] = np.arange(first, first + len(new))
+        return known[wanted]
 
 
 def _free_names(latents: Path) -> dict[str, str]:

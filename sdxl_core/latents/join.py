@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import atomic_writer, digest_of, remove_stale_partials, sha256_file, write_atomic
-from sdxl_core.latents.index import IndexWriter, LatentIndex
-from sdxl_core.latents.ledger import KEPT, PARTS, REJECTED, Rejection, finished, read_summary
+from sdxl_core.latents.index import FileNumbers, IndexWriter, LatentIndex
+from sdxl_core.latents.ledger import KEPT, PARTS, REJECTED, LatentFile, Rejection, finished, read_summary
 from sdxl_core.latents.metadata import Block, blocks
 from sdxl_core.latents.plan import STAGE, LatentPlan
 from sdxl_core.latents.rows import LEDGER_FOLDER
@@ -121,12 +120,11 @@ def _last_joined(config: CacheLatentsConfig, made_from: str) -> _Joined | None:
 
 
 class _Shard(NamedTuple):
-    """A finished shard, open: its columns, its rejections, its files' paths and sizes."""
+    """A finished shard, open."""
 
     columns: dict[str, Ints]
     rejected: dict[int, Rejection]
-    paths: list[str]
-    sizes: Ints
+    files: list[LatentFile]
 
 
 class _Join:
@@ -136,7 +134,6 @@ class _Join:
         self._config, self._plan, self._made_from = config, plan, made_from
         self._latents = config.out / "latents"
         self._shard = lru_cache(maxsize=_SHARDS_OPEN)(self._open)
-        self._numbers: dict[int, Ints] = {}  # of a shard's files in the index
         self._buckets: Counter[tuple[int, int]] = Counter()
         self._ar_error_sum, self._num_kept, self._num_rejected = 0.0, 0, 0
 
@@ -152,12 +149,13 @@ class _Join:
             index = stack.enter_context(
                 IndexWriter(self._latents, fingerprint=self._plan.fingerprint, made_from=self._made_from)
             )
+            numbers = FileNumbers(index, self._config.layout)
             start = 0
             with atomic_writer(self._latents / LEDGER_FOLDER / SET_REJECTED) as rejected:
                 without_picture = iter(read_rejected(self._plan.rejected))
                 for block in blocks(self._config.metadata):
                     stop = start + len(block.keys)
-                    columns = self._columns(shard[start:stop], row[start:stop], index)
+                    columns = self._columns(shard[start:stop], row[start:stop], numbers)
                     for piece in self._texts(block, columns):
                         out.write(piece)
                         digest.update(piece)
@@ -197,32 +195,20 @@ class _Join:
             raise ShardError(f"{self._plan.shards[number].path}: its ledger was changed meanwhile. Run again.")
         table = summary.table()
         columns = {name: table[name].to_numpy() for name in table.schema.names}
-        sizes = np.array([file.num_bytes for file in summary.files], np.int64)
-        return _Shard(columns, dict(summary.rejected), [file.path for file in summary.files], sizes)
+        return _Shard(columns, dict(summary.rejected), summary.files)
 
-    def _columns(self, shard: Ints, row: Ints, index: IndexWriter) -> dict[str, Ints]:
+    def _columns(self, shard: Ints, row: Ints, numbers: FileNumbers) -> dict[str, Ints]:
         """What shards know of some entries, and `shard`, `row` and `file` in the index; state 255: no picture."""
         num_entries = len(shard)
         found: dict[str, Ints] = {"shard": shard, "row": row, "state": np.full(num_entries, 255, np.uint8)}
         for number in np.unique(shard[shard >= 0]).tolist():
             mine = np.flatnonzero(shard == number)
-            known = self._shard(number).columns
+            known, _, files = self._shard(number)
             for name in ("state", "file", "at", *_COLUMNS):
                 found.setdefault(name, np.zeros(num_entries, known[name].dtype))[mine] = known[name][row[mine]]
             kept = mine[found["state"][mine] == KEPT]
-            found["file"][kept] = self._file_numbers(number, found["file"][kept], index)
+            found["file"][kept] = numbers.of(number, files, found["file"][kept])
         return found
-
-    def _file_numbers(self, number: int, files: Ints, index: IndexWriter) -> Ints:
-        """Numbers in the index of a shard's files, which are entered there when they are first met."""
-        shard = self._shard(number)
-        known = self._numbers.setdefault(number, np.full(len(shard.paths), -1, np.int32))
-        new = np.unique(files[known[files] < 0])
-        if len(new):
-            paths = pa.array([shard.paths[file] for file in new.tolist()], pa.string())
-            first = index.add_files(paths, shard.sizes[new], self._config.layout)
-            known[new] = np.arange(first, first + len(new))
-        return known[files]
 
     def _texts(self, block: Block, columns: dict[str, Ints]) -> Iterator[bytes]:
         """The entries that have latents, with what goes before them in the JSON."""

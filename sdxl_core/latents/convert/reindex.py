@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from sdxl_core.errors import ShardError
-from sdxl_core.latents.index import FILES, ROWS, IndexWriter, LatentIndex
+from sdxl_core.latents.index import ROWS, FileNumbers, IndexWriter, LatentIndex
 from sdxl_core.latents.ledger import KEPT, LatentFile, ShardLedger
-from sdxl_core.latents.matching import hashes_of, mixed
+from sdxl_core.latents.matching import marks_of
 from sdxl_core.latents.rows import ShardRows
 
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -41,9 +41,9 @@ def rewrite_index(
     Holds 16 bytes a picture and 4 a file. Raises: ShardError: `old` is not of these shards.
     """
     lookup = _Lookup(shards)
-    numbers: dict[int, Ints] = {}  # in the index, of a shard's files
     others = [field.name for field in ROWS if field.name not in ("key_hash", "file", "row", "crc32")]
     with IndexWriter(latents, fingerprint=fingerprint, made_from=made_from) as writer:
+        numbers = FileNumbers(writer, layout)
         for batch in old.chunks([field.name for field in ROWS]):
             shard, row = lookup.find(batch, latents)
             columns: dict[str, Any] = {name: batch[name] for name in others}
@@ -52,14 +52,7 @@ def rewrite_index(
                 mine = np.flatnonzero(shard == number)
                 found = lookup.after(number)
                 file, at, crc32 = (found.columns[name][row[mine]] for name in ("file", "at", "crc32"))
-                known = numbers.setdefault(number, np.full(len(found.files), -1, np.int32))
-                new = np.unique(file[known[file] < 0])
-                if len(new):
-                    paths = pa.array([found.files[one].path for one in new.tolist()], FILES.field("path").type)
-                    sizes = np.array([found.files[one].num_bytes for one in new.tolist()], np.int64)
-                    first = writer.add_files(paths, sizes, layout)
-                    known[new] = np.arange(first, first + len(new))
-                for column, part in zip(placed, (known[file], at, crc32), strict=True):
+                for column, part in zip(placed, (numbers.of(number, found.files, file), at, crc32), strict=True):
                     column[mine] = part
             writer.add(columns | dict(zip(("file", "row", "crc32"), placed, strict=True)))
         writer.finish(metadata_sha256=old.metadata_sha256)
@@ -76,7 +69,7 @@ class _Lookup:
         for number in range(len(shards)):
             shard = self.before(number)
             kept = np.flatnonzero(shard.columns["state"] == KEPT)
-            marks.append(_mark(shard.keys.take(pa.array(kept)), shard.columns["crc32"][kept]))
+            marks.append(marks_of(shard.keys.take(pa.array(kept)), shard.columns["crc32"][kept]))
             places.append(kept.astype(np.uint64) | np.uint64(number) << np.uint64(32))
         mark, place = np.concatenate(marks), np.concatenate(places)
         order = np.argsort(mark, kind="stable")
@@ -84,7 +77,7 @@ class _Lookup:
 
     def find(self, batch: pa.RecordBatch, latents: Path) -> tuple[Ints, Ints]:
         """Shard and row of each entry. Raises: ShardError: one that no ledger has."""
-        wanted = _mark(batch["key"], batch["crc32"].to_numpy())
+        wanted = marks_of(batch["key"], batch["crc32"].to_numpy())
         at = np.minimum(np.searchsorted(self._marks, wanted), max(0, len(self._marks) - 1))
         if not len(self._marks) or (self._marks[at] != wanted).any():
             raise ShardError(
@@ -99,7 +92,3 @@ def _opened(rows: Path) -> _Shard:
     shard = ShardRows.open(rows)
     ledger = ShardLedger.read(rows, shard.num_rows)
     return _Shard(shard.table["key"], ledger.columns, ledger.files)
-
-
-def _mark(keys: pa.Array, crc32: Ints) -> Ints:
-    return mixed(hashes_of(keys.cast(pa.large_string())), crc32.astype(np.int64))
