@@ -1,9 +1,10 @@
 """Latent files: ours written, read and verified against np.savez and np.load, alternately in one run, on one thread.
 
-python benchmarks/latent_files.py [--sizes 500,2000,8000] [--repeats 5] [--folder DIR]
-Latents have the sizes of SDXL's buckets about 1024 x 1024 px, so that a picture's float32 file has about 263 kB.
-What is read is in the page cache, as are np.load's files. "bare" rows are system calls alone, without any work of ours:
-what a file system and memory cost whoever writes or reads the same bytes.
+    python benchmarks/latent_files.py [--sizes 150,600,2400] [--repeats 5] [--folder DIR]
+
+One minute on a quiet core. Latents have the sizes of SDXL's buckets about 1024 x 1024 px, so that a picture's float32
+file has about 263 kB. What is read is in the page cache, as are np.load's files. "bare" rows are system calls alone,
+without any work of ours: what a file system and memory cost whoever writes or reads the same bytes.
 """
 
 from __future__ import annotations
@@ -21,31 +22,51 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from measure import machine
+from measure import Aim, aims_table, machine
 
 from sdxl_core.latents import LatentRecord, LatentStore
 from sdxl_core.latents.formats import PackedFile, WrittenFile, read_per_image, write_packed, write_per_image
+from sdxl_core.latents.formats.record import is_finite
 from sdxl_core.latents.index import IndexWriter
 
 SHAPES = ((128, 128), (152, 104), (104, 152), (144, 112), (112, 144), (168, 96), (96, 168), (120, 136))
 GROUP = 512  # pictures of one commit group
 POOL = 16 * len(SHAPES)  # different pictures
 BARE = "bare open, write, close, rename"
+AIMS = {
+    "write: per_image": 2.2, "write: packed float16": 2.2, "write: packed float32": 2.2,
+    "read at random: per_image file": 4, "read at random: store, ours": 4,
+    "read at random: store, packed16": 6, "read at random: store, packed32": 6,
+    "verify: per_image": 2.5, "verify: packed 16": 2.5, "verify: packed 32": 2.5,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="500,2000,8000")
+    parser.add_argument("--sizes", default="150,600,2400")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on which file system (default: that of temporary files)")
+    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+    parser.add_argument("--folder", type=Path, default=memory, help="on which file system (default: in memory)")
     options = parser.parse_args()
     print(machine())
     print(f"\nmedians of {options.repeats} alternating runs, one thread unless said; written by rename, not synced\n")
     print("| pictures | what | us a picture | cpu, us a picture | rival / it |")
     print("|---|---|---|---|---|")
-    for size in map(int, options.sizes.split(",")):
+    sizes = [int(size) for size in options.sizes.split(",")]
+    found: dict[str, list[float]] = {}
+    for size in sizes:
         with tempfile.TemporaryDirectory(prefix="latent_files_", dir=options.folder) as folder:
-            Comparison(Path(folder), size, options.repeats).run()
+            comparison = Comparison(Path(folder), size, options.repeats)
+            comparison.run()
+        for what, ratio in comparison.ratios.items():
+            found.setdefault(what, []).append(ratio)
+    print(f"\nAgainst numpy, at {', '.join(map(str, sizes))} pictures:\n")
+    print("\n".join(aims_table([aim(what, asked, found[what]) for what, asked in AIMS.items()])))
+
+
+def aim(what: str, asked: float, ratios: list[float]) -> Aim:
+    """Held by the largest size."""
+    return Aim(what, f"{asked} x", f"{', '.join(f'{ratio:.2f}' for ratio in ratios)} x", ratios[-1] >= asked)
 
 
 class Comparison:
@@ -59,6 +80,7 @@ class Comparison:
         self.keys = [f"danbooru/{number}" for number in range(size)]
         self.order = list(range(size))
         random.Random(0).shuffle(self.order)
+        self.ratios: dict[str, float] = {}  # rival's time by ours, medians
 
     def run(self) -> None:
         for name in ("numpy/danbooru", "bare/danbooru", "ours/danbooru", "packed16", "packed32"):
@@ -83,7 +105,7 @@ class Comparison:
             name = f"np.load of packed {bits}"
             contenders = {
                 name: lambda bits=bits: self.load_packed(bits),
-                f"packed {bits}": lambda bits=bits: self.verify_packed(bits),
+                f"packed {bits}, 1 thread": lambda bits=bits: self.verify_packed(bits),
                 f"packed {bits}, as `verify` does, 4 threads": lambda bits=bits: self.verify_packed(bits, threads=4),
             }
             self.compare("verify", contenders, name)
@@ -103,6 +125,7 @@ class Comparison:
         for name in contenders:
             ratios = [theirs / ours for theirs, ours in zip(wall[rival], wall[name], strict=True)]
             us, cpu_us = (statistics.median(values[name]) / self.size * 1e6 for values in (wall, cpu))
+            self.ratios[f"{what}: {name}"] = statistics.median(ratios)
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             print(f"| {self.size} | {what}: {name} | {us:.1f} | {cpu_us:.1f} | {spread} |", flush=True)
 
@@ -205,7 +228,8 @@ class Comparison:
 
     def verify_files(self) -> None:
         for key, written in zip(self.keys, self.written, strict=True):
-            read_per_image(self.folder / "ours" / f"{key}.npz", expected_crc32=written.crc32)
+            item = read_per_image(self.folder / "ours" / f"{key}.npz", expected_crc32=written.crc32)
+            assert all(is_finite(array) for _, array in item.arrays())
 
     def verify_packed(self, bits: str, *, threads: int = 1) -> None:
         def verify(path: str) -> None:

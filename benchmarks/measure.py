@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 SAMPLE_EVERY_S = 0.02
 
@@ -84,6 +85,21 @@ def machine() -> str:
         f"{model}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}, "
         f"pyarrow {pyarrow.__version__}, numpy {numpy.__version__}"
     )
+
+
+class Aim(NamedTuple):
+    """A stated number, and what was found."""
+
+    what: str
+    asked: str
+    found: str
+    holds: bool
+
+
+def aims_table(aims: Sequence[Aim]) -> list[str]:
+    """Lines of a markdown table."""
+    lines = ["| what | asked for | found | holds |", "|---|---|---|---|"]
+    return [*lines, *(f"| {one.what} | {one.asked} | {one.found} | {'yes' if one.holds else 'NO'} |" for one in aims)]
 
 
 def renew(page: Path, top: str) -> None:
