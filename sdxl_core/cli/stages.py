@@ -79,7 +79,7 @@ SET_STAGES = {
     ),
     "remove-latents": Stage(
         RemoveLatentsConfig,
-        "sdxl_core.latents.verify:remove_latents",
+        "sdxl_core.latents.remove:remove_latents",
         False,
         "take the latents of some pictures out of a latent set",
     ),

@@ -266,7 +266,7 @@ class ShardLedger:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A shard of which no row is open, as its summary tells it. `num_used`: files that hold kept rows."""
+    """A shard of which no row is open, as its summary tells it. `used`: which files hold kept rows."""
 
     path: Path
     files: list[LatentFile]

@@ -60,6 +60,11 @@ def mixed(hashes: Ints, *numbers: Ints) -> Ints:
     return result
 
 
+def marks_of(keys: pa.Array, crc32: Ints) -> Ints:
+    """uint64: a hash of each key with the checksum of its latents."""
+    return mixed(hashes_of(keys.cast(pa.large_string())), crc32.astype(np.int64))
+
+
 class HashTable:
     """Where hashes are. Holds 12 bytes each."""
 

@@ -88,16 +88,21 @@ def settings_path(latents: Path) -> Path:
     return latents / LEDGER_FOLDER / "settings.json"
 
 
+def latents_folder(path: Path) -> Path:
+    """The latents folder of a run folder, or the folder itself. Raises: DataError: neither."""
+    for folder in (path, path / "latents"):
+        if (folder / LEDGER_FOLDER).is_dir():
+            return folder
+    raise _no_set(path if path.name == "latents" else path / "latents")
+
+
 def read_settings(latents: Path) -> dict[str, Any]:
     """What a latent set was made with. Raises: DataError: unknown, or damaged."""
     path = settings_path(latents)
     try:
         stored = orjson.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{latents}: not a latent set of ours (it has no {path.relative_to(latents)}). Name the out folder of "
-            f"cache-latents, or its latents folder."
-        ) from error
+        raise _no_set(latents) from error
     except orjson.JSONDecodeError:
         stored = None
     if not isinstance(stored, dict):
@@ -106,6 +111,13 @@ def read_settings(latents: Path) -> dict[str, Any]:
             f"or delete {latents} and encode again."
         )
     return stored
+
+
+def _no_set(latents: Path) -> DataError:
+    return DataError(
+        f"{latents}: not a latent set of ours (it has no {settings_path(latents).relative_to(latents)}). Name the out "
+        f"folder of cache-latents, or its latents folder."
+    )
 
 
 def remember_config(config: CacheLatentsConfig) -> None:

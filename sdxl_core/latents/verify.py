@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
-from sdxl_core.errors import ConfigError, DataError, ShardError
+from sdxl_core.config import CacheLatentsConfig, VerifyLatentsConfig
+from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import sha256_file, write_atomic
+from sdxl_core.latents.ahead import worked_ahead
 from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.formats import PackedFile, read_per_image
 from sdxl_core.latents.formats.record import is_finite
 from sdxl_core.latents.index import INDEX_END, LatentIndex
-from sdxl_core.latents.join import SET, join_latents
-from sdxl_core.latents.ledger import KEPT, REMOVED, SUMMARY, LatentFile, ShardLedger, read_summary
-from sdxl_core.latents.matching import NameTable
-from sdxl_core.latents.plan import PLAN, last_plan
+from sdxl_core.latents.join import SET
+from sdxl_core.latents.ledger import KEPT, SUMMARY, LatentFile, ShardLedger, read_summary
+from sdxl_core.latents.matching import marks_of
+from sdxl_core.latents.plan import PLAN
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, shard_file
-from sdxl_core.latents.settings import fingerprint_of, read_settings, stored_config
+from sdxl_core.latents.settings import fingerprint_of, latents_folder, read_settings, stored_config
 from sdxl_core.latents.tables import parse_checked, read_table, read_words
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
-from sdxl_core.refs import RemovedRef, VerifiedRef
+from sdxl_core.refs import VerifiedRef
 
 FINDINGS = "verify.jsonl"
-T = TypeVar("T")
-R = TypeVar("R")
+Ints = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +83,6 @@ def verify_latents(config: VerifyLatentsConfig, *, progress: Progress = no_progr
     )
 
 
-def latents_folder(path: Path) -> Path:
-    """The latents folder of a run folder, or the folder itself. Raises: DataError: neither."""
-    for folder in (path, path / "latents"):
-        if (folder / LEDGER_FOLDER).is_dir():
-            return folder
-    read_settings(path if path.name == "latents" else path / "latents")
-    raise AssertionError(path)
-
-
 def _check_sources(config: CacheLatentsConfig) -> None:
     """Raises: DataError: what is bad could not be encoded again from here."""
     for path in filter(None, (config.source, config.metadata, config.manifest)):
@@ -123,6 +113,7 @@ class _Check:
         self.num_files = self.num_bytes = self.num_rows = 0
         self._lost: dict[Path, list[int]] = {}
         self._damaged_lists: list[Path] = []
+        self._marks = [np.zeros(0, np.uint64)]  # of what the ledgers hold
         settings = read_settings(latents)
         self._fingerprint = fingerprint_of(settings)
         dtype = settings.get("packed_dtype", "float32")
@@ -135,7 +126,7 @@ class _Check:
             for number, path in enumerate(paths):
                 findings += self._shard(path, pool)
                 self._progress("verify", number + 1, len(paths), f"{self.num_bytes / 1e9:.1f} GB")
-        return findings
+        return [*findings, *self._unknown()]
 
     def take_out(self) -> None:
         """Bad rows are open again; damaged lists go, and are made anew by the next join."""
@@ -152,30 +143,42 @@ class _Check:
 
     def _lists(self) -> Iterator[Finding]:
         """The index and meta_lat.json against what was written."""
-        folder = self._latents / LEDGER_FOLDER
-        if not (folder / SET).exists():
-            return
-        joined = parse_checked((folder / SET).read_bytes())
-        if joined is None:
-            self._damaged_lists.append(folder / SET)
-            yield Finding(file=f"{LEDGER_FOLDER}/{SET}", problem="damaged")
-            return
-        if not joined["num_kept"]:
-            return
-        metadata = self._latents.parent / "meta_lat.json"
-        if not metadata.exists() or sha256_file(metadata) != joined["metadata_sha256"]:
-            self._damaged_lists.append(folder / SET)
-            yield Finding(file="../meta_lat.json", problem="is not what cache-latents wrote")
-        try:
-            index = LatentIndex.open(self._latents)
-            problems = index.verify()
-            if index.fingerprint != self._fingerprint:
-                problems.append("the index is of latents of other settings")
-        except DataError as error:
-            problems = [str(error)]
+        folder, has_index = self._latents / LEDGER_FOLDER, LatentIndex.exists(self._latents)
+        if (folder / SET).exists():
+            joined = parse_checked((folder / SET).read_bytes())
+            if joined is None:
+                self._damaged_lists.append(folder / SET)
+                yield Finding(file=f"{LEDGER_FOLDER}/{SET}", problem="damaged")
+            elif joined["num_kept"]:
+                has_index = True
+                metadata = self._latents.parent / "meta_lat.json"
+                if not metadata.exists() or sha256_file(metadata) != joined["metadata_sha256"]:
+                    self._damaged_lists.append(folder / SET)
+                    yield Finding(file="../meta_lat.json", problem="is not what cache-latents wrote")
+        problems = self._index_problems() if has_index else []
         if problems:
             self._damaged_lists.append(self._latents / INDEX_END)
         for problem in problems:
+            yield Finding(file="index.arrow", problem=problem)
+
+    def _index_problems(self) -> list[str]:
+        try:
+            index = LatentIndex.open(self._latents)
+        except DataError as error:
+            return [str(error)]
+        other = [] if index.fingerprint == self._fingerprint else ["the index is of latents of other settings"]
+        return [*index.verify(), *other]
+
+    def _unknown(self) -> Iterator[Finding]:
+        """What the index names and no ledger holds: nobody would look at it."""
+        held = np.concatenate(self._marks)
+        unknown = 0
+        with suppress(DataError):  # damaged, or none: see `_lists`
+            for batch in LatentIndex.open(self._latents).chunks(["key", "crc32"]):
+                unknown += int((~np.isin(marks_of(batch["key"], batch["crc32"].to_numpy()), held)).sum())
+        if unknown:
+            self._damaged_lists.append(self._latents / INDEX_END)
+            problem = f"names {unknown} pictures whose latents no ledger holds; what is not there is encoded again"
             yield Finding(file="index.arrow", problem=problem)
 
     def _missing_listings(self) -> Iterator[Finding]:
@@ -209,10 +212,12 @@ class _Check:
             )
         yield from self._summary(path, ledger)
         kept = ledger.rows(KEPT)
+        self._marks.append(marks_of(keys.take(pa.array(kept)), ledger.columns["crc32"][kept]))
         order = kept[np.argsort(ledger.columns["file"][kept], kind="stable")]
         numbers, starts = np.unique(ledger.columns["file"][order], return_index=True)
         jobs = zip(numbers.tolist(), np.split(order, starts[1:]) if len(order) else [], strict=True)
-        for file, mine, problem, bad in _ahead(pool, lambda job: self._file(ledger, *job), jobs, self._num_threads):
+        ahead = 4 * self._num_threads
+        for file, mine, problem, bad in worked_ahead(pool, lambda job: self._file(ledger, *job), jobs, ahead=ahead):
             self.num_files += 1
             self.num_bytes += file.num_bytes
             self.num_rows += len(mine) - len(bad)
@@ -239,9 +244,7 @@ class _Check:
         self._damaged_lists.append(file)
         yield Finding(file=f"{LEDGER_FOLDER}/{file.name}", problem="is damaged, or differs from its ledger")
 
-    def _file(
-        self, ledger: ShardLedger, number: int, rows: np.ndarray[tuple[int], np.dtype[np.int64]]
-    ) -> tuple[LatentFile, list[int], str, list[int]]:
+    def _file(self, ledger: ShardLedger, number: int, rows: Ints) -> tuple[LatentFile, list[int], str, list[int]]:
         """What a file's rows are, what is wrong with it ("" for nothing), and the bad ones of its rows."""
         file, mine = ledger.files[number], rows.tolist()
         try:
@@ -275,78 +278,3 @@ class _Check:
         if is_as_written or np.setdiff1d(checked.damaged_rows, at).size:  # of a row that was replaced
             return "", []
         return "is damaged beside its rows", rows
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[R]:
-    """`work` of every item, in order, with a bounded number under way."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) > 4 * num_threads:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def remove_latents(config: RemoveLatentsConfig, *, progress: Progress = no_progress) -> RemovedRef:
-    """Take pictures' latents out: their rows in the ledgers, their files, and their entries in meta_lat.json and index.
-
-    Rows of packed files stay on disk until `compact`. What the metadata still asks for is encoded again by the next
-    cache-latents. Raises: ConfigError, DataError, LockedError.
-    """
-    latents = latents_folder(config.path)
-    keys = list(dict.fromkeys([*config.keys, *_keys_of(config)]))
-    wanted, known = NameTable(pa.array(keys, pa.large_string())), np.zeros(len(keys), bool)
-    num_removed = 0
-    with output_lock(latents, purpose="remove-latents"):
-        paths = sorted((latents / LEDGER_FOLDER).glob(f"*{ENDING}"))
-        for number, path in enumerate(paths):
-            rows = ShardRows.open(path)
-            found = wanted.find(rows.table["key"])
-            mine = np.flatnonzero(found >= 0)
-            if len(mine):
-                removed = _remove(latents, path, rows, mine)
-                known[found[removed]] = True
-                num_removed += len(removed)
-            progress("remove", number + 1, len(paths))
-        if num_removed:
-            _join_without(latents)
-    return RemovedRef(path=latents, num_removed=num_removed, num_unknown=int((~known).sum()))
-
-
-def _keys_of(config: RemoveLatentsConfig) -> list[str]:
-    if config.keys_file is None:
-        return []
-    try:
-        return config.keys_file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{config.keys_file}: cannot be read as a list of keys, one a line ({error}).") from error
-
-
-def _remove(
-    latents: Path, path: Path, rows: ShardRows, mine: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Take rows out of a shard. Returns those that were there."""
-    ledger = ShardLedger.read(path, rows.num_rows)
-    mine = mine[ledger.columns["state"][mine] != REMOVED]
-    kept = mine[ledger.columns["state"][mine] == KEPT]
-    ledger.remove(mine)
-    if ledger.is_done:
-        ledger.summarise()
-    for row in kept[ledger.columns["at"][kept] < 0].tolist():
-        (latents / ledger.files[ledger.columns["file"][row]].path).unlink(missing_ok=True)
-    return mine
-
-
-def _join_without(latents: Path) -> None:
-    """meta_lat.json and the index name only what is left; the next run plans anew."""
-    folder = latents / LEDGER_FOLDER
-    plan = last_plan(folder)
-    try:
-        if plan is None:
-            raise ShardError(f"{folder}: without a plan")
-        join_latents(stored_config(latents), plan)
-    except (ConfigError, DataError):  # a shard is not finished, or the metadata is another: the next run joins
-        (latents / INDEX_END).unlink(missing_ok=True)
-        (folder / SET).unlink(missing_ok=True)
-    (folder / PLAN).unlink(missing_ok=True)

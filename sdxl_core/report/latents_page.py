@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from sdxl_core.latents.report import channel_statistics, contact_sheet, shard_li
 from sdxl_core.refs import LatentSetRef
 from sdxl_core.rejected import count_reasons, read_rejected
 from sdxl_core.report.charts import bar_chart, line_chart
-from sdxl_core.report.page import STYLE
+from sdxl_core.report.page import STYLE, data_url
 from sdxl_core.summary import describe
 
 NUM_PICTURES, NUM_REJECTED = 24, 200
@@ -29,13 +28,13 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
         with open(path, "rb") as file:
             if file.read(len(mark)) == mark:
                 return path
-    sheet = base64.b64encode(contact_sheet(config, num_pictures=NUM_PICTURES)).decode()
+    sheet = data_url(contact_sheet(config, num_pictures=NUM_PICTURES))
     speed = speed_over_time(ref.path)
     parts = [
         f"<p>{escape(describe(ref))}</p>",
         f"<h2>Buckets</h2>{bar_chart(ref.buckets)}",
         "<h2>Pictures and their latents</h2>",
-        f"<img alt='pictures beside their latents' src='data:image/png;base64,{sheet}'>",
+        f"<img alt='pictures beside their latents' src='{sheet}'>",
         "<p class='note'>the picture, its latents as kept (cropped to the bucket, in false colour)"
         f"{'' if config.vae == 'tiny' else ', what the VAE makes of their middle'}</p>",
         f"<h2>Latents by channel</h2>{_channels(config, ref)}",

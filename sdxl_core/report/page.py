@@ -93,7 +93,7 @@ def _latents(record: dict[str, Any]) -> str:
     config = CacheLatentsConfig.model_validate(record["stages"]["cache-latents"]["config"])
     sheet = contact_sheet(config, num_pictures=NUM_PICTURES_SHOWN)
     return (
-        f'<h2>Pictures and their latents</h2><img alt="pictures beside their latents" src="{_data_url(sheet)}">'
+        f'<h2>Pictures and their latents</h2><img alt="pictures beside their latents" src="{data_url(sheet)}">'
         '<p class="note">left the picture, right its latents as cached: cropped to the bucket, in false colour. '
         '<a href="latents.html">More about the latents</a></p>'
     )
@@ -136,7 +136,7 @@ def _previews(record: dict[str, Any]) -> str:
     tiny = train["config"]["base_model"] == "tiny"
     note = "The tiny preset has random weights: its previews are texture, not art." if tiny else ""
     figures = "".join(
-        f'<figure><img alt="preview" src="{_data_url(Path(path).read_bytes())}">'
+        f'<figure><img alt="preview" src="{data_url(Path(path).read_bytes())}">'
         f"<figcaption>{escape(Path(path).name)}</figcaption></figure>"
         for path in train["result"]["samples"]
         if Path(path).exists()
@@ -173,5 +173,6 @@ def _versions(record: dict[str, Any]) -> dict[str, str]:
     return newest
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A PNG as a `data:` URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

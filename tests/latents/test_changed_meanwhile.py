@@ -26,8 +26,9 @@ from sdxl_core.latents.cache import cache_latents, encode_shard, join_latents, p
 from sdxl_core.latents.engine import Engine
 from sdxl_core.latents.index import LatentIndex
 from sdxl_core.latents.metadata import blocks
+from sdxl_core.latents.remove import remove_latents
 from sdxl_core.latents.vae import EncodeFunction, load_encoder
-from sdxl_core.latents.verify import remove_latents, verify_latents
+from sdxl_core.latents.verify import verify_latents
 from sdxl_core.lock import LOCK_NAME, held_token, output_lock
 from sdxl_core.rejected import read_rejected
 

@@ -31,7 +31,8 @@ from sdxl_core.latents.convert.tars import pack_tars, tar_of
 from sdxl_core.latents.formats import PackedFile
 from sdxl_core.latents.index import LatentIndex
 from sdxl_core.latents.ledger import LatentFile
-from sdxl_core.latents.verify import remove_latents, verify_latents
+from sdxl_core.latents.remove import remove_latents
+from sdxl_core.latents.verify import verify_latents
 from sdxl_core.rejected import read_rejected
 
 SHAPES = [(3, 2), (2, 3), (4, 4)]

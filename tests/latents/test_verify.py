@@ -24,8 +24,9 @@ from sdxl_core.latents.formats import (
     write_per_image,
 )
 from sdxl_core.latents.ledger import CommitGroup, LatentFile, ShardLedger
+from sdxl_core.latents.remove import remove_latents
 from sdxl_core.latents.rows import ShardRows
-from sdxl_core.latents.verify import remove_latents, verify_latents
+from sdxl_core.latents.verify import verify_latents
 
 
 def flip(path: Path, place: int, bit: int = 1) -> None:
@@ -146,6 +147,19 @@ def test_damaged_lists_of_ours_are_found_and_made_again(mine: CacheLatentsConfig
         verify_latents(VerifyLatentsConfig(path=mine.out))
         assert contents(mine.out) == right
     assert json.loads(snapshot(mine.out)["meta_lat.json"]) == json.loads(whole["meta_lat.json"])
+
+
+@pytest.mark.parametrize("gone", [("*.ledger.jsonl",), ("*.ledger.jsonl", "*.done.arrow"), ("*",)])
+def test_latents_that_no_ledger_holds_any_more_are_found(mine: CacheLatentsConfig, gone: tuple[str, ...]) -> None:
+    """Else nobody would look at what training reads."""
+    right, folder = contents(mine.out), mine.out / "latents" / ".ledger"
+    for path in (path for pattern in gone for path in folder.glob(pattern)):
+        if path.name not in ("settings.json", "config.json"):
+            path.unlink()
+    with pytest.raises(ShardError, match="names 7 pictures whose latents no ledger holds"):
+        verify_latents(VerifyLatentsConfig(path=mine.out))
+    verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
+    assert contents(mine.out) == right
 
 
 def test_values_that_are_not_finite_are_found_though_all_checksums_fit(mine: CacheLatentsConfig) -> None:

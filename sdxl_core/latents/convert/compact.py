@@ -23,8 +23,7 @@ from sdxl_core.latents.formats.packed import PackedDtype
 from sdxl_core.latents.index import LatentIndex
 from sdxl_core.latents.ledger import KEPT, LatentFile, ShardLedger
 from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows
-from sdxl_core.latents.settings import fingerprint_of, read_settings
-from sdxl_core.latents.verify import latents_folder
+from sdxl_core.latents.settings import fingerprint_of, latents_folder, read_settings
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentFilesRef

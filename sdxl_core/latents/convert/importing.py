@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,8 @@ import pyarrow as pa
 
 from sdxl_core.config import ImportLatentsConfig
 from sdxl_core.errors import ConfigError, DataError, ShardError
-from sdxl_core.files import atomic_writer, sha256_file, write_atomic
+from sdxl_core.files import atomic_writer, sha256_file, sync_folder, write_atomic
+from sdxl_core.latents.ahead import worked_ahead
 from sdxl_core.latents.bare import BareCache
 from sdxl_core.latents.formats import LatentRecord, WrittenFile, inspect_per_image
 from sdxl_core.latents.formats.record import is_finite
@@ -147,6 +147,7 @@ def _settle_metadata(folder: Path) -> Path:
         made.unlink()
     else:
         os.replace(made, path)
+        sync_folder(folder)
     return path
 
 
@@ -210,7 +211,7 @@ class _Shard:
         with ThreadPoolExecutor(self._config.threads or 2 * (os.cpu_count() or 1)) as pool:
             for number in sorted({row // size for row in self.ledger.rows(OPEN).tolist()}):
                 rows = [row for row in self.ledger.rows(OPEN).tolist() if row // size == number]
-                found = _ahead(pool, lambda row: _inspect(self.latents, self.entries[row]), rows)
+                found = worked_ahead(pool, lambda row: _inspect(self.latents, self.entries[row]), rows, ahead=64)
                 self._commit(number, list(zip(rows, found, strict=True)))
                 yield min((number + 1) * size, len(self.entries))
         if not self.ledger.is_done:
@@ -328,16 +329,3 @@ def _problem(record: LatentRecord, entry: Entry) -> Rejection | None:
         return Rejection("wrong_shape", f"bucket {record.bucket}, original size {record.original_width_px} x "
                          f"{record.original_height_px}")  # fmt: skip
     return None
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[int], _Checked | Rejection], rows: Iterable[int]
-) -> Iterator[_Checked | Rejection]:
-    """`work` of every row, in order, with a bounded number under way."""
-    waiting: deque[Future[_Checked | Rejection]] = deque()
-    for row in rows:
-        waiting.append(pool.submit(work, row))
-        if len(waiting) > 64:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

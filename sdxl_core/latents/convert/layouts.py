@@ -24,12 +24,12 @@ from sdxl_core.latents.rows import ENDING, LEDGER_FOLDER, ShardRows, write_rows
 from sdxl_core.latents.settings import (
     CONFIG,
     fingerprint_of,
+    latents_folder,
     read_settings,
     remember_config,
     settings_path,
     stored_config,
 )
-from sdxl_core.latents.verify import latents_folder
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentFilesRef

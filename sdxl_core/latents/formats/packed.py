@@ -29,6 +29,7 @@ from sdxl_core.latents.formats.record import LatentRecord, Latents, Scratch, Wri
 from sdxl_core.latents.formats.zipstore import (
     CENTRAL,
     END,
+    FIRST_HEADER,
     NPY_HEADER_BYTES,
     Spec,
     ZipLayout,
@@ -38,7 +39,6 @@ from sdxl_core.latents.formats.zipstore import (
 
 PackedDtype = Literal["float16", "float32"]
 REPAIR = "Run `sdxl-flows verify` with --repair on this cache: it encodes exactly what is damaged again."
-FIRST_HEADER = slice(61, 189)  # of the first member, "latents"
 TAIL_BYTES = 1 << 16  # what is read at first: everything but the rows of a file of some hundred pictures
 BIG = ("latents", "latents_flipped", "alpha_mask", "logvar")
 UNKNOWN_SHA256 = bytes(32)
@@ -221,6 +221,12 @@ class PackedFile:
         except OSError as error:
             raise self._unreadable(error) from error
 
+    def _bytes(self, start: int, stop: int) -> bytes:
+        try:
+            return os.pread(self._handle, stop - start, start)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
     def _record(self, row: int, arrays: dict[str, NDArray[Any]]) -> LatentRecord:
         width_px, height_px = self.original_sizes[row].tolist()
         digest = self.image_sha256s[row].tobytes()
@@ -237,7 +243,7 @@ class PackedFile:
         whole, row_crc32s, is_damaged = 0, [0] * self.num_rows, False
         infinite: set[int] = set()
         for member, recorded in zip(self._big, self._checksums, strict=False):
-            head = os.pread(self._handle, member.start - member.head_start, member.head_start)
+            head = self._bytes(member.head_start, member.start)
             whole, checksum = crc32(head, whole), crc32(member.npy_header)
             num_bytes = member.dtype.itemsize * prod(member.shape[1:])
             block = np.empty((max(1, BLOCK_BYTES // num_bytes), *member.shape[1:]), member.dtype)
@@ -251,7 +257,7 @@ class PackedFile:
                 if not is_finite(rows):
                     infinite.update(first + at for at, row in enumerate(rows) if not is_finite(row))
             is_damaged |= checksum != recorded or head != member.head(recorded)
-        rest = os.pread(self._handle, self.num_bytes - self._rest_start, self._rest_start)
+        rest = self._bytes(self._rest_start, self.num_bytes)
         damaged = np.flatnonzero(np.array(row_crc32s, np.uint32) != self.row_crc32s)
         return PackedCheck(
             crc32=crc32(rest, whole),
@@ -274,10 +280,10 @@ class PackedFile:
         self._big, small = layout.members[:num_big], layout.members[num_big:]
         self._rest_start = small[0].head_start
         if self._rest_start < rest_start:
-            rest = os.pread(self._handle, self.num_bytes - self._rest_start, self._rest_start)
+            rest = self._bytes(self._rest_start, self.num_bytes)
         self._rest = rest[len(rest) - self.num_bytes + self._rest_start :]
         for member, checksum in zip(self._big, self._checksums, strict=False):
-            if os.pread(self._handle, member.start - member.head_start, member.head_start) != member.head(checksum):
+            if self._bytes(member.head_start, member.start) != member.head(checksum):
                 raise ValueError(f"the header of {member.name} is damaged")
         return dict(_small_members(self._rest, self._rest_start, layout, self._checksums, num_big))
 

@@ -20,11 +20,18 @@ from sdxl_core.errors import ShardError
 from sdxl_core.files import write_vectored
 from sdxl_core.latents.formats.checksum import crc32, crc32_each, joined
 from sdxl_core.latents.formats.record import LatentRecord, WrittenFile, cast
-from sdxl_core.latents.formats.zipstore import END, LOCAL_CRC, Spec, ZipLayout, parse_npy_header, zip_layout
+from sdxl_core.latents.formats.zipstore import (
+    END,
+    FIRST_HEADER,
+    LOCAL_CRC,
+    Spec,
+    ZipLayout,
+    parse_npy_header,
+    zip_layout,
+)
 
 Naming = Literal["stem", "size"]
 REPAIR = "Delete it and run cache-latents again: only what is missing is encoded."
-FIRST_HEADER = slice(61, 189)  # of the first member, "latents"
 HEAD = 3  # bytes in front of the file's in memory, so that the first member's payload is aligned to 64 bytes
 OPACITY = np.arange(256, dtype=np.float32) / np.float32(255)  # sd-scripts' alpha_mask of an alpha value
 _one_parses = threading.Lock()  # numpy parses headers in a way that no two threads may, see `parse_npy_header`

@@ -26,6 +26,7 @@ LOCAL_CRC, ENTRY_CRC = slice(14, 18), slice(16, 20)  # where the two kinds of he
 DATE = 0x21  # 1980-01-01, what np.savez gives every member
 VERSION, UNIX, MODE = 45, 3, 0o600 << 16
 NPY_HEADER_BYTES = 128
+FIRST_HEADER = slice(61, 61 + NPY_HEADER_BYTES)  # numpy's header of the first member, where that is "latents"
 MAX_BYTES = 2**31  # beyond, zip needs other records; no packed file is meant to be that large
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype as "<f4", shape
