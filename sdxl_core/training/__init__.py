@@ -8,7 +8,7 @@ loop.py           the run: load, step, log, save, finish; loss_average.py: avr_l
 stepping.py       one step: forward, backward, update or leaving it out; guard.py: which steps are bad
 updates.py        gradients into weights, after the backward pass or within it; ema.py: their average over time
 text_outputs.py   of frozen text encoders, from disk
-memory_plan.py    what a run needs, before anything is loaded; activations.py: what the backward pass keeps
+memory_plan.py    what a run needs, before anything is loaded; activations.py: what backward keeps; disk_guard.py
 parallel.py       alone, DDP or FSDP2: who holds which piece of a weight
 parts.py          what trains at which rate, and back to a checkpoint; denoiser.py: the models as one module
 batches.py        micro-batches, made ahead

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.training.schedules import lr_schedule, total_steps
-from sdxl_core.training.state import newest_manifest
+from sdxl_core.training.state import newest_run
 
 NOTICED = 0.01  # of the full rate
 
@@ -14,11 +14,11 @@ def schedule_warning(config: TrainConfig, *, steps_per_epoch: int) -> str | None
 
     That is allowed, because nothing else could make a run longer; but a cosine that had ended begins to climb.
     """
-    manifest = newest_manifest(config.out / "state")
-    if manifest is None:
+    found = newest_run(config.out / "state")
+    if found is None:
         return None
-    step, saved = int(manifest["step"]), manifest["parts"][0]["scalars"]["config"]
-    lengths = {name: saved[name] for name in ("max_train_steps", "max_train_epochs")}
+    step, run = found
+    lengths = {name: run["config"][name] for name in ("max_train_steps", "max_train_epochs")}
     before = total_steps(config.model_copy(update=lengths), steps_per_epoch=steps_per_epoch)
     now = total_steps(config, steps_per_epoch=steps_per_epoch)
     was, is_now = (lr_schedule(config, total_steps=total)(step) for total in (before, now))

@@ -28,7 +28,7 @@ from sdxl_core.training.caption_rules import caption_warning, tag_rates
 from sdxl_core.training.preflight import check_training, check_writable
 from sdxl_core.training.processes import WATCH_STDIN, read_outcome
 from sdxl_core.training.result import finished_result, read_result
-from sdxl_core.training.training_set import read_training_set
+from sdxl_core.training.training_set import TrainingSet, read_training_set
 
 GRACE_S = 8.0  # Prefect gives a cancelled flow ten seconds
 SAVING_BYTES_PER_S = 100e6  # a slow disk; a state is about twice the base model in half precision
@@ -58,6 +58,7 @@ def launch_training(config: TrainConfig, *, progress: Progress = no_progress) ->
         if done is not None:
             progress("train", done.num_steps, done.num_steps, "finished before")
             return done
+        _check_disk(config, training_set)
         _say_if_the_schedule_changes(config, steps_per_epoch=training_set.plan(config).num_steps)
         (state / "outcome.json").unlink(missing_ok=True)
         (state / "progress.json").unlink(missing_ok=True)
@@ -82,6 +83,12 @@ def _say_warnings(config: TrainConfig) -> None:
     for warning in (prediction, optimizer, caption_warning(config)):
         if warning:
             logger.warning(warning)
+
+
+def _check_disk(config: TrainConfig, training_set: TrainingSet) -> None:
+    from sdxl_core.training.disk_guard import check_disk  # imports torch and diffusers
+
+    check_disk(config, training_set)
 
 
 def _say_if_the_schedule_changes(config: TrainConfig, *, steps_per_epoch: int) -> None:

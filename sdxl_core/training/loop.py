@@ -27,7 +27,7 @@ from sdxl_core.training.denoiser import Denoiser
 from sdxl_core.training.guard import Guard
 from sdxl_core.training.heldout import HeldOut
 from sdxl_core.training.loss_average import LossAverage
-from sdxl_core.training.memory_plan import check_card, disk_needs
+from sdxl_core.training.memory_plan import check_card
 from sdxl_core.training.optimizer import SlotOptimizer
 from sdxl_core.training.order import EpochPlan
 from sdxl_core.training.parallel import replicate, shard
@@ -36,11 +36,11 @@ from sdxl_core.training.previews import preview_paths, preview_steps, write_prev
 from sdxl_core.training.processes import StopSignal
 from sdxl_core.training.result import former_settings, run_settings, write_result
 from sdxl_core.training.run_state import RunState
-from sdxl_core.training.saving import Saver, SaveTimes, check_disk, remove_old_models
+from sdxl_core.training.saving import Saver, SaveTimes, remove_old_models
 from sdxl_core.training.schedules import lr_schedule, total_steps
-from sdxl_core.training.state import Snapshot, load_newest, read_generation, remove_partials
+from sdxl_core.training.state import LOSSES, Snapshot, load_newest, read_generation, remove_partials
 from sdxl_core.training.stepping import Gathered, Stepper, StepResult
-from sdxl_core.training.text_outputs import TextOutputs, outputs_bytes
+from sdxl_core.training.text_outputs import TextOutputs
 from sdxl_core.training.training_set import TrainingSet, read_training_set
 from sdxl_core.training.updates import Updater
 from sdxl_core.training.watch import Watch, memory_gb
@@ -115,11 +115,11 @@ class Run:
         self.guard = Guard(
             max_bad_steps=config.max_bad_steps, spike_factor=config.spike_factor, metadata_name=config.metadata.name
         )
-        self.average = LossAverage(plan.num_steps)
+        self.average = LossAverage(self.state / LOSSES if accelerator.is_main_process else None, plan.num_steps)
         rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if self.is_sharded else (0, 1)
         self.run_state = RunState(
             self.updater, config=config, settings=self.settings, training_set=training_set, average=self.average,
-            guard=self.guard, rank=rank, writes=self.writes,
+            guard=self.guard, writes=self.writes,
         )  # fmt: skip
         self.saver = Saver(self.state, keep=config.keep_states, rank=rank, num_ranks=num_ranks)
         self.start = self.run_state.restore(generation) if generation else 0
@@ -136,18 +136,12 @@ class Run:
         self.preview_at = preview_steps(config, self.total, steps_per_epoch=plan.num_steps)
 
     def _refuse_what_cannot_fit(self) -> None:
-        """Before anything is loaded. Raises: ConfigError: the card is too small.   DiskFullError."""
-        config, preset = self.config, preset_of(self.config.base_model)
+        """Before anything is loaded. Raises: ConfigError: the card is too small."""
         if self.accelerator.device.type == "cuda":
-            largest = max(self.training_set.buckets, key=lambda size: size[0] * size[1])
+            width_px, height_px = max(self.training_set.buckets, key=lambda size: size[0] * size[1])
             card_bytes = torch.cuda.get_device_properties(self.accelerator.device).total_memory
-            check_card(config, preset, card_bytes=card_bytes, width_px=largest[0], height_px=largest[1])
-        if self.accelerator.is_main_process:
-            state_bytes, model_bytes = disk_needs(config, preset)
-            check_disk(
-                config, self.save_times, total=self.total, state_bytes=state_bytes, model_bytes=model_bytes,
-                text_bytes=lambda free: outputs_bytes(config, self.training_set, preset, free=free),
-            )  # fmt: skip
+            preset = preset_of(self.config.base_model)
+            check_card(self.config, preset, card_bytes=card_bytes, width_px=width_px, height_px=height_px)
 
     def _text_outputs(self, stop: StopSignal | None) -> TextOutputs | None:
         """Of frozen text encoders, computed by the first process where they are not there yet, until `stop`."""

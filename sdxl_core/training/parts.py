@@ -158,7 +158,7 @@ def save_checkpoint(
             config: of the run, left out: as the state has it.   weights: "ema": the averaged ones.
     Raises: CheckpointError: the state has no such weights.   DiskFullError, DataError.
     """
-    config = config or TrainConfig.model_validate(generation.scalars["config"])
+    config = config or TrainConfig.model_validate(generation.run["config"])
     if weights not in generation.tensors:
         raise CheckpointError(f"{generation.path}: holds no averaged weights; the run had no ema_decay.")
     rates = learning_rates(config)
@@ -169,12 +169,12 @@ def save_checkpoint(
             if any(name in saved.tensors[weights] for saved in generation.parts):
                 whole = Piece(offset=0, count=parameter.numel(), total=parameter.numel())
                 parameter.data = gather_piece(generation, weights, name, whole).view(parameter.shape)
-    resolution = generation.scalars.get("resolution", "1024x1024")  # not in states of version 0.1
+    resolution = generation.run.get("resolution", "1024x1024")  # not in states of version 0.1
     metadata = modelspec_metadata(title=config.output_name, resolution=resolution) | {
         "sdxl_flows.config": config.model_dump_json(),
-        "sdxl_flows.dataset_digest": generation.scalars["dataset_digest"],
+        "sdxl_flows.dataset_digest": generation.run["dataset_digest"],
         "sdxl_flows.steps": str(generation.step),
-        **lineage_metadata(config, metadata_sha256=generation.scalars["metadata_sha256"]),
+        **lineage_metadata(config, metadata_sha256=generation.run["metadata_sha256"]),
         **{f"modelspec.{name}": text for name, text in config.modelspec.items()},
     }
     if weights == "ema":

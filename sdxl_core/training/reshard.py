@@ -51,28 +51,28 @@ def optimizer_states(
     `shapes`: of what this process holds of each. Raises: CheckpointError: states that cannot be divided otherwise.
     """
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     measured = Requantised()
     index = [_by_parameter(part) for part in generation.parts]
     for name, piece in wanted.items():
         if piece.count == 0:
             continue
         whole = Piece(offset=0, count=piece.total, total=piece.total)
-        saved = [(part.pieces.get(name, whole), states[name], part.scalars["optimizer"].get(name, {}))
+        saved = [(part.pieces.get(name, whole), states[name], part.numbers.get(name, {}))
                  for part, states in zip(generation.parts, index, strict=True) if name in states]  # fmt: skip
         if not saved:
             continue
-        scalars[name] = saved[0][2]
+        numbers[name] = dict(saved[0][2])
         same = [states for at, states, _ in saved if at == piece]
         found = same[0] if same else dict(_resharded(name, [(at, s) for at, s, _ in saved], piece, measured))
         for key, value in found.items():
             elementwise = not same and value.numel() == piece.count
             tensors[f"{name}/{key}"] = value.reshape(tuple(shapes[name])) if elementwise else value
-    return tensors, scalars, measured
+    return tensors, numbers, measured
 
 
 def _by_parameter(part: Snapshot) -> dict[str, dict[str, Tensor]]:
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in part.scalars["optimizer"]}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in part.numbers}
     for path, value in part.tensors["optimizer"].items():
         name, _, key = path.rpartition("/")
         states.setdefault(name, {})[key] = value

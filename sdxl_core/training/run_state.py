@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ class RunState:
         training_set: TrainingSet,
         average: LossAverage,
         guard: Guard,
-        rank: int,
         writes: bool,
     ) -> None:
         """`settings`: `run_settings`.   writes: does this process save anything?"""
-        self._updater, self._settings, self._rank = updater, settings, rank
-        self._about = {
+        self._updater = updater
+        self._run = {
+            "settings": settings,
             "config": config.model_dump(mode="json"),
             "dataset_digest": training_set.digest,
             "metadata_sha256": training_set.metadata_sha256,
@@ -62,16 +63,14 @@ class RunState:
             tensors = {name: _copied(held) for name, held in tensors.items()}
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors(copy=copy)
-        if self._rank == 0:
-            tensors["losses"] = {"window": self.average.window()}
-        scalars = {
-            "optimizer": optimizer.state_scalars(),
-            "loss_total": self.average.total,
-            "guard": self.guard.state(),
-            **self._about,
-        }
-        pieces = self._updater.pieces if self._is_divided else {}
-        return Snapshot(step=step, settings=self._settings, scalars=scalars, tensors=tensors, pieces=pieces)
+        return Snapshot(
+            step=step,
+            run=self._run,
+            scalars={"losses": self.average.state(), "guard": self.guard.state()},
+            tensors=tensors,
+            numbers=optimizer.state_scalars(),
+            pieces=self._updater.pieces if self._is_divided else {},
+        )
 
     def restore(self, generation: Generation) -> int:
         """Continue from a saved state, written by however many processes. Returns its step.
@@ -83,8 +82,8 @@ class RunState:
         for name, weights in self.weights.items():
             weights.copy_(gather_piece(generation, "weights", name, pieces[name]).view_as(weights))
         shapes = {name: weights.shape for name, weights in self.weights.items()}
-        tensors, scalars, measured = optimizer_states(generation, pieces, shapes)
-        self._updater.optimizer.load_state(tensors, scalars)
+        tensors, numbers, measured = optimizer_states(generation, pieces, shapes)
+        self._updater.optimizer.load_state(tensors, numbers)
         if measured.total:
             logger.info(
                 "the 8-bit optimizer states were saved by another number of processes and are quantised anew: "
@@ -93,23 +92,20 @@ class RunState:
         if self.ema is not None:
             held = [name for name in self.weights if pieces[name].count]
             self.ema.load({name: gather_piece(generation, "ema", name, pieces[name]) for name in held})
-        self.average.load(generation.tensors["losses"]["window"], generation.scalars["loss_total"])
-        self.guard.load(generation.scalars["guard"])
+        scalars = generation.scalars
+        if "losses" in scalars:
+            self.average.load(scalars["losses"], step=generation.step)
+        else:  # a state of an older version
+            window = generation.tensors["losses"]["window"].tolist()
+            self.average.take_over(window, scalars["loss_total"], step=generation.step)
+        self.guard.load(scalars["guard"])
         return generation.step
 
     def go_back(self, snapshot: Snapshot) -> int:
         """Continue from a copy of this process, knowing of the bad steps that were met since. Returns its step."""
         bad_steps = self.guard.bad_steps
-        own = {name: _copied(tensors) for name, tensors in snapshot.tensors.items()}
-        own.setdefault("losses", {"window": self.average.window()})
-        copy = Snapshot(
-            step=snapshot.step,
-            settings=snapshot.settings,
-            scalars=snapshot.scalars,
-            tensors=own,
-            pieces=snapshot.pieces,
-        )
-        step = self.restore(Generation(path=Path(), step=copy.step, settings=copy.settings, parts=(copy,)))
+        copy = replace(snapshot, tensors={name: _copied(tensors) for name, tensors in snapshot.tensors.items()})
+        step = self.restore(Generation(path=Path(), step=copy.step, run=copy.run, parts=(copy,)))
         self.guard.bad_steps = bad_steps
         return step
 

@@ -1,4 +1,4 @@
-"""When a state is saved, by whom, and whether the disk can hold it. The run goes on while a thread writes."""
+"""When a state is saved, and by whom. The run goes on while a thread writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from sdxl_core.config import TrainConfig
-from sdxl_core.errors import DiskFullError
 from sdxl_core.training.state import Snapshot, save_snapshot
 
 
@@ -102,62 +101,8 @@ class Saver:
             then(path)
 
 
-def check_disk(
-    config: TrainConfig,
-    times: SaveTimes,
-    *,
-    total: int,
-    state_bytes: int,
-    model_bytes: int,
-    text_bytes: Callable[[int], int],
-) -> None:
-    """Refuse to begin where the disk cannot hold all that the run will write.
-
-    A new state, or model on the way, is whole before the oldest goes, so one more than are kept is there for a moment.
-    Args:   total: steps of the whole run.   state_bytes: of one state of all processes together, averages included.
-            text_bytes: of kept outputs of text encoders; is told how many bytes there are for them.
-    Raises: DiskFullError.
-    """
-    folder = config.out
-    folder.mkdir(parents=True, exist_ok=True)
-    num_states, num_models = times.most_states(total), times.most_models(total)
-    needed = num_states * state_bytes + num_models * model_bytes
-    free, there = shutil.disk_usage(folder).free, sum(map(_size, _own_files(config)))
-    texts = text_bytes(free + there - needed)
-    needed += texts
-    if free + there < needed:
-        average = "" if config.ema_decay is None else ", the averaged weights of ema_decay among it"
-        outputs = f", and outputs of text encoders of {_bytes(texts)} (cache_text_encoder_outputs)" if texts else ""
-        raise DiskFullError(
-            f"{folder}: this run needs {_bytes(needed)} on the disk: {num_states} resumable states of "
-            f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}; a new one is whole before one goes), "
-            f"and {num_models} model file{'s' * (num_models > 1)} of {_bytes(model_bytes)} "
-            f"(keep_models = {config.keep_models or 'all'}){outputs}. "
-            f"{_bytes(free)} are free, {_bytes(there)} are this run's already. Free {_bytes(needed - free - there)}, "
-            f"keep fewer (keep_models, save_model_every_epochs, save_model_every_steps), or choose an out folder on "
-            f"another disk."
-        )
-
-
-def _bytes(count: int) -> str:
-    return f"{count:,} bytes ({count / 1e9:.1f} GB)"
-
-
-def _own_files(config: TrainConfig) -> list[Path]:
-    """States, half-written ones too, and models that are there and are kept or replaced."""
-    state, model = config.out / "state", config.out / "model"
-    last = model / config.output_name
-    found = [*state.glob("step-*"), *state.glob(".step-*.partial"), *_models_on_the_way(model, config)]
-    found += config.out.glob("text_outputs/*")
-    return [*found, *(path for path in (last, last.with_name(f"{last.name}.safetensors")) if path.exists())]
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _models_on_the_way(folder: Path, config: TrainConfig) -> list[Path]:
+def models_on_the_way(folder: Path, config: TrainConfig) -> list[Path]:
+    """What `SaveTimes.model_name` has named in `folder`."""
     suffix = "" if config.save_model_as == "diffusers" else r"\.safetensors"
     pattern = re.compile(rf"{re.escape(config.output_name)}-(step\d{{8}}|\d{{6}}){suffix}")
     return [path for path in folder.glob("*") if pattern.fullmatch(path.name)]
@@ -166,7 +111,7 @@ def _models_on_the_way(folder: Path, config: TrainConfig) -> list[Path]:
 def remove_old_models(folder: Path, config: TrainConfig) -> None:
     """Keep the newest `keep_models` of the model files that were written on the way."""
     if config.keep_models:
-        for path in sorted(_models_on_the_way(folder, config), key=lambda path: path.stat().st_mtime_ns)[
+        for path in sorted(models_on_the_way(folder, config), key=lambda path: path.stat().st_mtime_ns)[
             : -config.keep_models
         ]:
             if path.is_dir():

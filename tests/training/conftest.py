@@ -9,10 +9,13 @@ import orjson
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
 from sdxl_core.config import TrainConfig
+from sdxl_core.files import sha256_file
 from sdxl_core.training import loop
 from sdxl_core.training.processes import StopSignal
+from sdxl_core.training.state import read_generation
 
 BUCKETS_PX = ((64, 64), (128, 64), (64, 96))  # width, height
 
@@ -95,3 +98,26 @@ def config(cache: tuple[Path, Path], tmp_path: Path) -> Callable[..., TrainConfi
         return TrainConfig.model_validate(values | changes)
 
     return make
+
+
+@pytest.fixture
+def as_written_before() -> Callable[[Path, list[float]], dict[str, Any]]:
+    """Makes a state of one process what version 0.1 left: all about the run in its manifest, losses in a file.
+
+    losses: that of step n at place n modulo an epoch.
+    """
+
+    def rewrite(path: Path, losses: list[float]) -> dict[str, Any]:
+        now = read_generation(path)
+        save_file({"window": torch.tensor(losses, dtype=torch.float64)}, path / "losses.safetensors")
+        files = {name: {"file": f"{name}.safetensors", "sha256": sha256_file(path / f"{name}.safetensors")}
+                 for name in (*now.tensors, "losses")}  # fmt: skip
+        about = {key: value for key, value in now.run.items() if key != "settings"}
+        scalars = {"optimizer": now.parts[0].numbers, "loss_total": now.scalars["losses"]["total"], **about}
+        scalars["guard"] = now.scalars.get("guard")
+        parts = [{"files": files, "scalars": scalars, "pieces": {}}]
+        manifest = {"format": 2, "step": now.step, "settings": now.run["settings"], "parts": parts}
+        (path / "manifest.json").write_bytes(orjson.dumps(manifest))
+        return manifest
+
+    return rewrite

@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 import torch
@@ -14,13 +16,16 @@ import torch
 from sdxl_core.config import TrainConfig
 from sdxl_core.models import dated_fingerprint, load_models, save_single_file
 from sdxl_core.training.continuing import schedule_warning
+from sdxl_core.training.state import read_generation
 
 Configure = Callable[..., TrainConfig]
 Train = Callable[..., bool]
 NUM_STEPS = 6  # an epoch of the small cache
 
 
-def test_a_copied_base_model_is_the_same_one(config: Configure, train: Train, tmp_path: Path) -> None:
+def test_a_copied_base_model_is_the_same_one(
+    config: Configure, train: Train, tmp_path: Path, as_written_before: Callable[[Path, list[float]], dict[str, Any]]
+) -> None:
     base, copy = tmp_path / "base.safetensors", tmp_path / "copy.safetensors"
     save_single_file(base, load_models("tiny", dtype=torch.float16), precision="fp16", metadata={})
     run = config(base_model=str(base), max_train_steps=1)
@@ -29,12 +34,17 @@ def test_a_copied_base_model_is_the_same_one(config: Configure, train: Train, tm
     os.utime(copy, ns=(10**18, 10**18))
     assert train(run.model_copy(update={"base_model": str(copy), "max_train_steps": 2}))
 
-    manifest_path = run.out / "state" / "step-00000002" / "manifest.json"
-    manifest = orjson.loads(manifest_path.read_bytes())
+    undisturbed = run.model_copy(update={"out": tmp_path / "undisturbed", "max_train_steps": 8})
+    assert train(undisturbed)
+    state = run.out / "state" / "step-00000002"
+    losses = np.fromfile(run.out / "state" / "losses.f64")
+    manifest = as_written_before(state, losses.tolist())
     manifest["settings"]["base_model"] = dated_fingerprint(str(base))
-    del manifest["sha256"]
-    manifest_path.write_bytes(orjson.dumps(manifest | {"format": 2}))
-    assert train(run.model_copy(update={"max_train_steps": 3})), "a state of the first version goes on"
+    (state / "manifest.json").write_bytes(orjson.dumps(manifest))
+    (run.out / "state" / "losses.f64").unlink()
+    assert train(run.model_copy(update={"max_train_steps": 8})), "a state of the first version goes on"
+    newest = [read_generation(each.out / "state" / "step-00000008").scalars for each in (run, undisturbed)]
+    assert newest[0] == newest[1], "avr_loss, over an epoch of 6 steps, is what it would have been"
 
 
 @pytest.mark.parametrize(

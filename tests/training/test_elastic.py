@@ -112,17 +112,17 @@ def test_requantised_states_are_close(tmp_path: Path) -> None:
             quantised, absmax = quantise(value[piece.offset : piece.offset + piece.count], codes[key])
             tensors |= {f"unet.w/{key}": quantised, f"unet.w/{key.replace('state', 'absmax')}": absmax}
         return Snapshot(
-            step=1, settings={}, scalars={"optimizer": {"unet.w": {"step": 1}}},
+            step=1, run={}, scalars={}, numbers={"unet.w": {"step": 1}},
             tensors={"optimizer": tensors}, pieces={"unet.w": piece},
         )  # fmt: skip
 
     halves = tuple(part(piece_of_shape(shape, rank=rank, num_ranks=2)) for rank in range(2))
-    generation = Generation(path=tmp_path, step=1, settings={}, parts=halves)
+    generation = Generation(path=tmp_path, step=1, run={}, parts=halves)
     for num_ranks in (1, 3):
         for rank in range(num_ranks):
             piece = piece_of_shape(shape, rank=rank, num_ranks=num_ranks)
-            tensors, scalars, measured = optimizer_states(generation, {"unet.w": piece}, {"unet.w": (piece.count,)})
-            assert scalars == {"unet.w": {"step": 1}}
+            tensors, numbers, measured = optimizer_states(generation, {"unet.w": piece}, {"unet.w": (piece.count,)})
+            assert numbers == {"unet.w": {"step": 1}}
             is_cut_of_a_half = piece.offset == 0 and piece.count <= 2500
             assert (measured.relative_error == 0) if is_cut_of_a_half else (0 < measured.relative_error < 0.02)
             for key, value in values.items():
@@ -152,10 +152,10 @@ def test_our_quantising_has_bitsandbytes_numbers_and_is_never_further_off() -> N
 
 def test_states_of_an_optimizer_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
     part = Snapshot(
-        step=1, settings={}, scalars={"optimizer": {"unet.w": {"step": 1}}},
+        step=1, run={}, scalars={}, numbers={"unet.w": {"step": 1}},
         tensors={"optimizer": {"unet.w/exp_avg_sq_row": torch.zeros(4)}},
     )  # fmt: skip
-    generation = Generation(path=tmp_path, step=1, settings={}, parts=(part,))
+    generation = Generation(path=tmp_path, step=1, run={}, parts=(part,))
     with pytest.raises(CheckpointError, match=r"exp_avg_sq_row.*as many processes as before"):
         optimizer_states(generation, {"unet.w": Piece(offset=0, count=8, total=16)}, {"unet.w": (2, 4)})
 

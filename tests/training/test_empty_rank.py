@@ -32,9 +32,10 @@ def _run(config: TrainConfig, rank: int) -> tuple[nn.Linear, Updater, RunState]:
     updater = Updater(optimizer, groups, max_grad_norm=1.0, lr_factor=lambda step: 1.0)
     training_set: Any = SimpleNamespace(digest="d", metadata_sha256="m", resolution_px=(64, 64))
     guard = Guard(max_bad_steps=0, spike_factor=None, metadata_name="meta_lat.json")
+    average = LossAverage(config.out / "losses.f64" if rank == 0 else None, 3)
     state = RunState(
-        updater, config=config, settings={}, training_set=training_set, average=LossAverage(3), guard=guard,
-        rank=rank, writes=True,
+        updater, config=config, settings={}, training_set=training_set, average=average, guard=guard,
+        writes=True,
     )  # fmt: skip
     return module, updater, state
 

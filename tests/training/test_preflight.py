@@ -1,6 +1,7 @@
 """What cannot be right is told in one paragraph before a training process starts."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_core.config import TrainConfig
-from sdxl_core.errors import CheckpointError, ConfigError, DataError, SdxlFlowsError
+from sdxl_core.errors import CheckpointError, ConfigError, DataError, DiskFullError, SdxlFlowsError
 from sdxl_core.models import load_models, save_single_file
+from sdxl_core.training import disk_guard
 from sdxl_core.training.launch import launch_training
 from sdxl_core.training.preflight import check_prompts
 
@@ -120,6 +122,14 @@ def test_no_permission_to_write_is_told(config: Configure, tmp_path: Path, monke
     (tmp_path / "file").write_text("")
     monkeypatch.undo()
     assert "this is a file" in refusal(config(out=tmp_path / "file"), ConfigError)
+
+
+def test_a_disk_that_cannot_hold_two_states_is_told(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = disk_guard.shutil.disk_usage("/")
+    monkeypatch.setattr(disk_guard.shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
+    message = refusal(config(max_train_steps=1), DiskFullError)
+    expected = r"needs [\d,]+ bytes.*2 resumable states of [\d,]+ bytes.*keep_states = 2; a new one.*1 model file of"
+    assert re.search(expected, message) and "20,000,000 bytes (0.0 GB) are free" in message
 
 
 @pytest.mark.parametrize("name", ["file/run", "x" * 300, "/proc/run"])
