@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,13 @@ from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import ConfigError, DataError, LockedError, ShardError
 from sdxl_core.images.decode import decode
 from sdxl_core.images.prepare import fit_to_bucket
-from sdxl_core.latents import LatentStore, read_per_image
-from sdxl_core.latents.cache import cache_latents, plan_latents
+from sdxl_core.latents import LatentStore, encode, read_per_image
+from sdxl_core.latents.cache import cache_latents, encode_shard, plan_latents
 from sdxl_core.latents.engine import Engine
 from sdxl_core.latents.engine.device import Device
+from sdxl_core.latents.engine.records import STAGES
+from sdxl_core.latents.formats import PackedFile
+from sdxl_core.latents.ledger import CommitGroup, ShardLedger
 from sdxl_core.latents.vae import EncodeFunction, load_encoder, posterior_noise
 from sdxl_core.lock import output_lock
 from sdxl_core.models.load import load_vae
@@ -280,6 +284,69 @@ def test_half_precision_overflow_is_encoded_in_float32_and_nan_is_rejected(make_
     with_vae(monkeypatch, never_finite)
     ref = cache_latents(config)
     assert [(row.key, row.reason) for row in read_rejected(ref.rejected)] == [("a", "nan_latent")]
+
+
+def test_each_shard_says_how_it_was_encoded(make_job: Any, monkeypatch: Any) -> None:
+    config = make_job(collection(8), shard_size=4, batch_size=2)
+
+    def small_card(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return mean
+
+    with_vae(monkeypatch, small_card)
+    for shard in plan_latents(config).shards:
+        ref = encode_shard(shard, config, "cpu", "")
+        assert ref.images_per_s > 0 and set(ref.seconds) == set(STAGES) and ref.bound_by in STAGES
+        assert set(ShardLedger.read(shard.path, 4).notes) == {"halved"}
+
+
+def test_packed_files_are_of_one_bucket_and_commit_group(make_job: Any) -> None:
+    config = make_job(collection(12), shard_size=9, commit_size=4, batch_size=2, layout="packed")
+    cache_latents(config)
+    keys = list(json.loads(config.metadata.read_text()))
+    places = []
+    for path in (config.out / "latents" / "packed").glob("*/*.npz"):
+        packed = PackedFile(path)
+        assert packed.dtype == np.float16 and path.parent.name == "{}x{}".format(*packed.bucket)
+        (group,) = {(keys.index(key) // 9, keys.index(key) % 9 // 4) for key in packed.keys}
+        places.append((packed.bucket, group))
+        with zipfile.ZipFile(path) as archive:
+            assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert len(places) == len(set(places)) > 4
+
+
+@pytest.mark.parametrize("layout", ["per_image", "packed"])
+def test_a_group_is_recorded_when_its_files_are_on_the_disk(make_job: Any, monkeypatch: Any, layout: str) -> None:
+    synced: set[str] = set()
+    recorded: list[str] = []
+    sync_files, commit = encode.sync_files, ShardLedger.commit
+
+    def syncing(paths: Any) -> None:
+        paths = list(paths)
+        sync_files(paths)
+        synced.update(str(path) for path in paths)
+
+    def committing(ledger: ShardLedger, group: CommitGroup) -> None:
+        for file in group.files:
+            recorded.append(str(config.out / "latents" / file.path))
+            assert recorded[-1] in synced
+        commit(ledger, group)
+
+    monkeypatch.setattr(encode, "sync_files", syncing)
+    monkeypatch.setattr(ShardLedger, "commit", committing)
+    config = make_job(collection(7), commit_size=3, batch_size=2, layout=layout)
+    cache_latents(config)
+    assert sorted(recorded) == sorted(map(str, (config.out / "latents").rglob("*.npz")))
+
+
+def test_latents_of_another_version_of_the_format_are_refused(make_job: Any) -> None:
+    config = make_job(collection(2))
+    cache_latents(config)
+    path = config.out / "latents" / ".ledger" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ConfigError, match="was made with format = 1, not 2"):
+        cache_latents(config)
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(make_job: Any, monkeypatch: Any) -> None:

@@ -302,6 +302,26 @@ def test_the_report_names_the_slowest_stage(tmp_path: Path, slow: str, monkeypat
     assert report.num_encoded == 24 and report.images_per_s > 0
 
 
+def test_stages_overlap(tmp_path: Path, monkeypatch: Any) -> None:
+    """Decoding, the VAE and writing take 10 ms a picture each, and the run hardly longer than one of them."""
+    decode = preparing.decode_pixels
+
+    def slow_decode(*args: Any, **options: Any) -> Any:
+        time.sleep(0.01)
+        return decode(*args, **options)
+
+    def slow_vae(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
+        time.sleep(0.01 * len(images))
+        return mean
+
+    monkeypatch.setattr(preparing, "decode_pixels", slow_decode)
+    pictures = pictures_in(tmp_path, 48)
+    report = Engine(config_of(tmp_path, decode_threads=1), "cpu", load=changed(slow_vae)).run(
+        [(0, pictures)], lambda group: None, lambda number, batch: time.sleep(0.01 * len(batch))
+    )
+    assert report.wall_s < 0.7 * sum(report.seconds[stage] for stage in ("decode", "vae", "write"))
+
+
 def test_errors_of_every_thread_reach_the_caller_and_leave_no_thread(tmp_path: Path, monkeypatch: Any) -> None:
     before = threading.active_count()
     pictures = pictures_in(tmp_path, 8)

@@ -117,6 +117,17 @@ def test_what_is_read_is_what_was_written(
         assert np.array_equal(plain["latents"], item.latents)
 
 
+def test_a_row_is_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_packed(tmp_path / "a.npz", ["a", "b", "c"], [record(seed) for seed in range(3)], "float16")
+    file, reads = PackedFile(tmp_path / "a.npz"), []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: (reads.append(args[2]), preadv(*args))[1])
+    for name in ("pread", "read", "open"):
+        monkeypatch.delattr(os, name)
+    assert np.array_equal(file.row(2).latents, record(2).latents.astype(np.float16))
+    assert reads == [189 + 2 * 4 * 3 * 2 * 2]
+
+
 def test_files_of_other_writers_are_read(tmp_path: Path) -> None:
     item = record(arrays=("latents_flipped", "alpha_mask"))
     sd_scripts_saves(tmp_path / "a.npz", item)

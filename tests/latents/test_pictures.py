@@ -1,6 +1,7 @@
 """Pixels: exactly sd-scripts' where asked, what a person sees by default; every bad file is one word."""
 
 import io
+import struct
 
 import cv2
 import numpy as np
@@ -100,6 +101,26 @@ def test_an_srgb_profile_changes_nothing_but_rounding() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     pixels = see(encoded(picture(16, 16), "PNG", icc_profile=profile))
     assert np.abs(pixels.astype(int) - np.array(picture(16, 16)).astype(int)).max() <= 2
+
+
+def swapped_profile() -> bytes:
+    """sRGB's profile with red and green primaries exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (count,) = struct.unpack_from(">I", data, 128)
+    tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * count, 12)}
+    red, green = (tags[name] + 4 for name in (b"rXYZ", b"gXYZ"))
+    data[red : red + 8], data[green : green + 8] = data[green : green + 8], data[red : red + 8]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_embedded_profile_is_converted_to_srgb(kind: str) -> None:
+    """What the file calls red is green on the screen."""
+    data = encoded(Image.new("RGB", (16, 16), (250, 10, 10)), kind, icc_profile=swapped_profile())
+    red, green, blue = see(data)[8, 8].tolist()
+    assert green > 200 > 80 > max(red, blue)
+    red, green, blue = see(data, compat="sd-scripts")[8, 8].tolist()
+    assert red > 200 > 80 > max(green, blue)
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
