@@ -68,8 +68,8 @@ def clip_factor(norm: Tensor, *, max_norm: float) -> Tensor:
 class SlotOptimizer:
     """An optimizer over parameter groups, stepped one parameter at a time through a single float32 slot.
 
-    Either `step` does everything, or `begin` opens a step, `step_parameter` is called for each parameter when its
-    gradient is there (from a gradient hook, for example), and `finish` closes it.
+    `begin` opens a step, `step_parameter` is called for each parameter when its gradient is there (by a gradient hook,
+    for example), and `finish` closes it.
     """
 
     def __init__(
@@ -107,21 +107,6 @@ class SlotOptimizer:
         self._lr_factor = 0.0
         self._moved: list[Tensor] = []
         self._wanted: list[Tensor] = []
-
-    def step(self, *, step: int, lr_factor: float, grad_factor: Tensor) -> float | None:
-        """Update every parameter that has a gradient, and free the gradients.
-
-        Args:   step: of the run; the rounding is keyed by it.   lr_factor: of each group's learning rate.
-                grad_factor: scalar every gradient is multiplied with (clipping).
-        Returns: share of the computed update that reached bf16 weights (1 is all of it); None for float32 weights.
-        """
-        self.begin(step=step, lr_factor=lr_factor)
-        for group, name, parameter in self._walk():
-            if parameter.grad is not None:
-                gradient, parameter.grad = parameter.grad, None
-                self.step_parameter(group, name, parameter, gradient, grad_factor=grad_factor)
-        sums = self.finish()
-        return None if sums is None else share_of(sums)
 
     def begin(self, *, step: int, lr_factor: float) -> None:
         """Open optimizer step `step` of the run, at `lr_factor` of each group's learning rate."""

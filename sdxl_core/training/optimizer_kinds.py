@@ -19,8 +19,6 @@ NAMED: dict[str, tuple[str, frozenset[str]]] = {
     "lion8bit": ("bitsandbytes.optim.Lion8bit", frozenset({"weight_decay"})),
     "adafactor": ("transformers.optimization.Adafactor", frozenset({"weight_decay"})),
 }
-# Elementwise but for 8-bit blocks: what can step on a slice of a parameter.
-STEPS_ON_SHARDS = frozenset({"adamw", "adamw8bit", "pagedadamw8bit", "lion8bit"})
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"foreach": False},
     "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False},

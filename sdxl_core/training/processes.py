@@ -83,6 +83,7 @@ class ProgressFile:
         self._last_s = float("-inf")
 
     def write(self, *, step: int, total: int, loss: float, avr_loss: float, images_per_s: float) -> None:
+        """What a run has reached after `step` of `total` steps."""
         now_s = time.monotonic()
         if now_s - self._last_s < self._every_s and step < total:
             return

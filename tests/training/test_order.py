@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.epochs import plan_epochs
 
 from sdxl_core.training import randomness
-from sdxl_core.training.order import batches_of_epoch, plan_epochs, position_of_step, samples_of_rank
+from sdxl_core.training.order import batches_of_epoch, position_of_step, samples_of_rank
 from sdxl_core.training.randomness import permutation, random_words
 
 BUCKETS = st.lists(st.sampled_from([(64, 64), (64, 128), (128, 64)]), min_size=1, max_size=60)

@@ -10,6 +10,7 @@ from sdxl_core.training import rounding
 from sdxl_core.training.optimizer import ParameterGroup, SlotOptimizer, clip_factor
 from sdxl_core.training.parallel import gradient_norm
 from sdxl_core.training.rounding import RoundingNoise, random_16_bits, round_into
+from sdxl_core.training.updates import Updater
 
 CPU = torch.device("cpu")
 LEARNING_RATE = 4e-7
@@ -64,6 +65,12 @@ def gradient(step: int, shape: torch.Size, drift: Tensor) -> Tensor:
     return 1e-4 * (noise + drift)
 
 
+def apply(slot: SlotOptimizer, step: int) -> float | None:
+    """As the trainer does it, at the full rate and unclipped. Returns the update share."""
+    updater = Updater(slot, slot.groups, max_grad_norm=0.0, lr_factor=lambda step: 1.0)
+    return updater.apply(step, torch.tensor(0.0))
+
+
 def displacement(dtype: torch.dtype, kind: Kind, *, steps: int, nearest: bool = False) -> tuple[Tensor, list[float]]:
     """How far `steps` steps move weights of SDXL's scale (std 0.03), and the update shares they reported."""
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +88,7 @@ def displacement(dtype: torch.dtype, kind: Kind, *, steps: int, nearest: bool = 
     shares = []
     for step in range(steps):
         weight.grad = gradient(step, start.shape, drift).to(dtype)
-        shares.append(slot.step(step=step, lr_factor=1.0, grad_factor=torch.tensor(1.0)))
+        shares.append(apply(slot, step))
     assert weight.dtype == dtype and weight.grad is None
     return weight.detach().float() - start, [share for share in shares if share is not None]
 
@@ -136,7 +143,7 @@ def test_float32_steps_are_the_librarys_own(kind: Kind) -> None:
             scalars = slot.state_scalars()
             slot = SlotOptimizer([group], kind=kind, betas=(0.8, 0.99), eps=1e-8, weight_decay=0.02, seed=0)
             slot.load_state(saved, scalars)
-        slot.step(step=step, lr_factor=1.0, grad_factor=torch.tensor(1.0))
+        apply(slot, step)
         library.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)

@@ -232,8 +232,9 @@ def test_only_what_has_a_rate_changes(
 def test_one_step_equals_a_plain_diffusers_script(train: Train, config: Configure) -> None:
     """Loss and updated weights of the first step, against a loop as diffusers' own SDXL example has it."""
     from diffusers import DDPMScheduler
+    from support.epochs import plan_epochs
 
-    from sdxl_core.training.order import batches_of_epoch, plan_epochs
+    from sdxl_core.training.order import batches_of_epoch
 
     ours = config(**PLAIN, max_train_steps=1, seed=11)
     assert train(ours)

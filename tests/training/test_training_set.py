@@ -8,6 +8,7 @@ import numpy as np
 import orjson
 import pytest
 from pydantic import ValidationError
+from support.epochs import plan_epochs
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import ConfigError, DataError
@@ -15,7 +16,7 @@ from sdxl_core.files import sha256_file
 from sdxl_core.latents.index import ROWS, IndexWriter, LatentIndex
 from sdxl_core.training import dataset_index, training_set
 from sdxl_core.training.dataset_index import stream_metadata
-from sdxl_core.training.order import batches_of_epoch, plan_epochs
+from sdxl_core.training.order import batches_of_epoch
 from sdxl_core.training.training_set import TrainingSet, read_training_set
 
 Configure = Callable[..., TrainConfig]
