@@ -8,6 +8,7 @@ know where they are whatever the number of processes.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,13 +85,15 @@ def shard(denoiser: nn.Module, *, device: torch.device) -> None:
 
 def replicate(denoiser: nn.Module, *, device: torch.device) -> nn.Module:
     """The model under DDP; gradients are views of its buckets, each of at most 25 MiB or one weight."""
-    return nn.parallel.DistributedDataParallel(
-        denoiser,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        bucket_cap_mb=DDP_BUCKET_MIB,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.13 on
+        return nn.parallel.DistributedDataParallel(
+            denoiser,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=DDP_BUCKET_MIB,
+        )
 
 
 @contextlib.contextmanager

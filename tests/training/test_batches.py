@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_core.config import TrainConfig
+from sdxl_core.config import ConvertLatentsConfig, ImportLatentsConfig, TrainConfig
 from sdxl_core.errors import DataError
+from sdxl_core.latents.convert.importing import import_latents
+from sdxl_core.latents.convert.layouts import convert_latents
 from sdxl_core.training.batches import BatchMaker
 from sdxl_core.training.training_set import read_training_set
 
@@ -79,6 +81,30 @@ def test_a_latent_file_that_is_damaged_under_way_is_named(
         path.write_bytes(bytes(whole))
     with pytest.raises(DataError, match=r"pic0\d\.npz"):
         maker.make(0, 0)
+
+
+def test_packed_latents_make_the_same_batches_and_damage_to_them_is_named(
+    config: Configure, make_latents: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    metadata, latents = make_latents(tmp_path / "set", num_samples=6)
+    import_latents(ImportLatentsConfig(path=latents, metadata=metadata))
+    convert_latents(ConvertLatentsConfig(path=latents, out=tmp_path / "packed", layout="packed"))
+    forms = [(metadata, latents), (tmp_path / "packed" / "meta_lat.json", tmp_path / "packed" / "latents")]
+    runs = [config(metadata=one, latents=other) for one, other in forms]
+    sets = [read_training_set(run) for run in runs]
+    maker, packed = (BatchMaker(s, s.plan(run), run, rank=0) for s, run in zip(sets, runs, strict=True))
+    for step in range(4):
+        one, other = maker.make(step, 0), packed.make(step, 0)
+        assert one.keys == other.keys and torch.equal(one.latents, other.latents)
+        assert torch.equal(one.time_ids, other.time_ids) and torch.equal(one.draw.noise, other.draw.noise)
+    for path in (tmp_path / "packed" / "latents" / "packed").rglob("*.npz"):
+        whole = bytearray(path.read_bytes())
+        whole[400] ^= 4  # in the latents of its first row
+        path.write_bytes(bytes(whole))
+    again = BatchMaker(sets[1], sets[1].plan(runs[1]), runs[1], rank=0)
+    with pytest.raises(DataError, match=r"packed/.*\.npz"):
+        for step in range(maker.plan.num_steps):
+            again.make(step, 0)
 
 
 def test_batches_prepared_ahead_are_those_made_one_by_one(config: Configure) -> None:

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError
 from sdxl_core.training import launch
 from sdxl_core.training.launch import launch_training
-from sdxl_core.training.parallel import Piece, piece_of_shape
+from sdxl_core.training.parallel import Piece, piece_of_shape, replicate
 from sdxl_core.training.reshard import Requantised, code_book, dequantise, optimizer_states, quantise
 from sdxl_core.training.state import Generation, Snapshot, read_generation
 
@@ -96,6 +97,21 @@ def test_divided_8bit_states_are_those_of_the_whole(config: Configure, train: Tr
 
     again = two.model_copy(update={"max_train_steps": 3, "num_processes": 1, "train_batch_size": 2, "parallel": "ddp"})
     assert train(again), "and a single process takes the halves over"
+
+
+def test_gradients_under_ddp_are_views_of_its_buckets(tmp_path: Path) -> None:
+    """A gradient and its bucket are the same memory, so exchanging needs no second copy of all gradients."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = replicate(nn.Linear(8, 4), device=torch.device("cpu"))
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            model(torch.ones(1, 8)).sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}
+        assert len(gradients) == 2 and len(storages) == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_requantised_states_are_close(tmp_path: Path) -> None:

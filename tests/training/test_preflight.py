@@ -96,6 +96,13 @@ def test_an_empty_metadata_file_is_told(config: Configure, tmp_path: Path) -> No
     assert "holds no picture" in refusal(config(metadata=tmp_path / "meta_lat.json"), DataError)
 
 
+def test_metadata_that_is_torn_is_told_before_a_process_starts(config: Configure, tmp_path: Path) -> None:
+    whole = config().metadata.read_bytes()
+    for kept in (0, 200, len(whole) - 1):
+        (tmp_path / "meta_lat.json").write_bytes(whole[:kept])
+        assert "meta_lat.json: not valid JSON" in refusal(config(metadata=tmp_path / "meta_lat.json"), DataError)
+
+
 def test_a_prompt_that_is_too_long_is_told(config: Configure) -> None:
     message = refusal(config(sample_prompts=["a boat", "sea, " * 60]), ConfigError)
     assert "prompt 2" in message and "120 tokens" in message
