@@ -15,6 +15,7 @@ from sdxl_core.latents.rows import ENDING, FORMAT, LEDGER_FOLDER
 from sdxl_core.latents.tables import checked_json, parse_checked, read_words
 
 VAE, CONFIG = "vae.json", "config.json"
+IMPORTED = "was imported, and how its latents were made is not known, so nothing is ever encoded into it."
 
 # Settings that change what is stored; the others only change how fast it is made.
 SHAPING = (
@@ -39,6 +40,8 @@ def check_settings(config: CacheLatentsConfig) -> str:
         _check_shards(path, fingerprint_of(settings))
         write_atomic(path, orjson.dumps(settings, option=orjson.OPT_INDENT_2))
     old = read_settings(config.out / "latents")
+    if "made_by" in old:
+        raise ConfigError(f"{config.out / 'latents'}: {IMPORTED} Choose another out folder.")
     for name, value in settings.items():
         if old.get(name) != value:
             raise _refused(config, name, old.get(name), value)
@@ -138,6 +141,11 @@ def stored_config(latents: Path) -> CacheLatentsConfig:
     try:
         config = CacheLatentsConfig.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValueError) as error:
+        if "made_by" in read_settings(latents):
+            raise DataError(
+                f"{latents}: {IMPORTED} Put whole files in the place of bad ones, and run import-latents again: it "
+                f"takes what is whole."
+            ) from error
         raise DataError(
             f"{path}: gone or damaged, so it is not known how to encode again what is bad. Run cache-latents with its "
             f"parameters instead: it encodes what was taken out."

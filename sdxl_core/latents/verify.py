@@ -20,7 +20,7 @@ from sdxl_core.errors import DataError, ShardError
 from sdxl_core.files import sha256_file, write_atomic
 from sdxl_core.latents.ahead import worked_ahead
 from sdxl_core.latents.cache import cache_latents
-from sdxl_core.latents.formats import PackedFile, read_per_image
+from sdxl_core.latents.formats import PackedFile, packed, per_image, read_per_image
 from sdxl_core.latents.formats.record import is_finite
 from sdxl_core.latents.index import INDEX_END, LatentIndex
 from sdxl_core.latents.join import SET
@@ -96,12 +96,16 @@ def _check_sources(config: CacheLatentsConfig) -> None:
 def _told(latents: Path, findings: Sequence[Finding], num_bad: int, path: Path) -> str:
     lines = [f"  {finding.file}: {finding.problem}" for finding in findings[:5]]
     more = [f"  and {len(findings) - 5} more, all in {path}"] if len(findings) > 5 else []
-    head = f"{latents}: {len(findings)} files are not as they were written, {num_bad} pictures' latents with them:"
-    advice = (
-        f"Nothing of it is served to training. `sdxl-flows verify {latents} --repair` encodes exactly these pictures "
-        f"again."
-    )
-    return "\n".join([head, *lines, *more, advice])
+    files, pictures = (_several(len(findings), "file"), _several(num_bad, "picture"))
+    head = f"{latents}: {files} not as written, and with that the latents of {pictures}:"
+    advice = f"`sdxl-flows verify {latents} --repair` encodes exactly these pictures again."
+    if "made_by" in read_settings(latents):
+        advice = "Put whole files in their place, and run import-latents again: it takes what is whole."
+    return "\n".join([head, *lines, *more, f"Nothing of it is served to training. {advice}"])
+
+
+def _several(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 class _Check:
@@ -253,7 +257,9 @@ class _Check:
             else:
                 problem, bad = self._per_image(file, ledger, mine[0]), mine
         except ShardError as error:
-            problem, bad = str(error), mine
+            problem, bad = str(error).removeprefix(f"{self._latents / file.path}: "), mine
+            for advice in (packed.REPAIR, per_image.REPAIR, per_image.MISSING):  # what to do is said once, at the end
+                problem = problem.removesuffix(f" {advice}")
         return file, mine, problem, bad if problem else []
 
     def _per_image(self, file: LatentFile, ledger: ShardLedger, row: int) -> str:

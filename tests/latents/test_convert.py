@@ -103,6 +103,22 @@ def test_a_cache_of_sd_scripts_becomes_a_set_without_a_byte_changed(tmp_path: Pa
     assert imported(folder) == ref
 
 
+def test_what_rots_in_an_imported_set_is_found_and_nothing_is_encoded_into_it(make_job: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "latents"
+    sd_scripts_cache(folder)
+    imported(folder)
+    for path in (folder / "002.npz", folder / "index.arrow"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+        with pytest.raises(ShardError, match=rf"(?s)1 file not as written.*{path.name}.*import-latents again"):
+            verify_latents(VerifyLatentsConfig(path=folder))
+        with pytest.raises(DataError, match=r"was imported.*import-latents again"):
+            verify_latents(VerifyLatentsConfig(path=folder, repair=True))
+        path.write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"was imported.*another out folder"):
+        cache_latents(make_job(collection(2)))
+
+
 def test_without_metadata_every_file_is_taken(tmp_path: Path) -> None:
     folder = tmp_path / "latents"
     keys = sd_scripts_cache(folder)

@@ -80,7 +80,7 @@ def test_one_flipped_byte_anywhere_is_found_and_never_served(mine: CacheLatentsC
     places = {*range(0, 300, 9), *range(0, size, 307), *range(size - 400, size, 11)}
     for place in sorted(places):
         flip(path, place, 1 << place % 8)
-        with pytest.raises(ShardError, match="not as they were written"):
+        with pytest.raises(ShardError, match="1 file not as written"):
             verify_latents(VerifyLatentsConfig(path=mine.out))
         store = LatentStore(mine.out / "latents")
         for key, expected in right.items():

@@ -31,6 +31,7 @@ from sdxl_core.latents.formats.zipstore import (
 )
 
 Naming = Literal["stem", "size"]
+MISSING = "Run cache-latents again: only what is missing is encoded."
 REPAIR = "Delete it and run cache-latents again: only what is missing is encoded."
 HEAD = 3  # bytes in front of the file's in memory, so that the first member's payload is aligned to 64 bytes
 OPACITY = np.arange(256, dtype=np.float32) / np.float32(255)  # sd-scripts' alpha_mask of an alpha value
@@ -117,7 +118,7 @@ def _read_whole(path: Path | str) -> NDArray[np.uint8]:
     try:
         handle = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ShardError(f"{path}: the latents are gone. {REPAIR}") from error
+        raise ShardError(f"{path}: the latents are gone. {MISSING}") from error
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror}). {REPAIR}") from error
     try:
