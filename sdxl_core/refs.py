@@ -183,8 +183,9 @@ class LatentSetRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiedRef:
-    """A latent set all of whose bytes were read. `findings`: what was bad, a JSON line each; all of it is repaired.
+    """A latent set all of whose bytes were read.
 
+    findings: what was bad, a JSON line each; all of it is repaired. None where the set cannot be written to.
     num_rows: latents of pictures that are good now.   num_repaired: of them encoded again.
     """
 
@@ -194,7 +195,7 @@ class VerifiedRef:
     num_bytes: int
     num_rows: int
     num_repaired: int
-    findings: Path
+    findings: Path | None
     seconds: float
 
 

@@ -34,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `sdxl-flows … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"\nerror: {error.filename2 or error.filename}: {error.strerror}. What was finished is kept; once this is "
+            f"mended, the same command continues there.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def build_parser() -> argparse.ArgumentParser:

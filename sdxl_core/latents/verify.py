@@ -16,7 +16,7 @@ import orjson
 import pyarrow as pa
 
 from sdxl_core.config import CacheLatentsConfig, VerifyLatentsConfig
-from sdxl_core.errors import DataError, ShardError
+from sdxl_core.errors import DataError, DiskFullError, ShardError
 from sdxl_core.files import sha256_file, write_atomic
 from sdxl_core.latents.ahead import worked_ahead
 from sdxl_core.latents.cache import cache_latents
@@ -34,7 +34,7 @@ from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import VerifiedRef
 
-FINDINGS = "verify.jsonl"
+FINDINGS, MOST_TOLD = "verify.jsonl", 5
 Ints = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -50,7 +50,8 @@ class Finding:
 def verify_latents(config: VerifyLatentsConfig, *, progress: Progress = no_progress) -> VerifiedRef:
     """Read everything. With `repair`, bad rows are taken out of their ledgers and encoded again, and lists made anew.
 
-    Without it nothing is changed but the list of findings, so it may run beside a cache that is being made.
+    Without it nothing is changed but the list of findings, so it may run beside a cache that is being made, and over a
+    set that cannot be written to.
     Raises: ShardError: something is bad and was not to be repaired, or could not be.   DataError: no latent set.
     """
     started = time.monotonic()
@@ -58,11 +59,10 @@ def verify_latents(config: VerifyLatentsConfig, *, progress: Progress = no_progr
     with output_lock(latents, purpose="verify --repair") if config.repair else nullcontext():
         check = _Check(latents, config, progress)
         findings = check.run()
-        path = latents / LEDGER_FOLDER / FINDINGS
-        write_atomic(path, (orjson.dumps(asdict(f), option=orjson.OPT_APPEND_NEWLINE) for f in findings))
+        path = _listed(latents, findings)
         num_bad = sum(len(finding.keys) for finding in findings)
         if findings and not config.repair:
-            raise ShardError(_told(latents, findings, num_bad, path))
+            raise ShardError(_told(latents, findings, path))
         if findings:
             made_with = stored_config(latents)
             _check_sources(made_with)  # before anything is taken out
@@ -70,7 +70,7 @@ def verify_latents(config: VerifyLatentsConfig, *, progress: Progress = no_progr
             cache_latents(made_with, progress=progress)
             left = _Check(latents, config, no_progress).run()
             if left:
-                raise ShardError(f"After the repair:\n{_told(latents, left, num_bad, path)}")
+                raise ShardError(f"After the repair:\n{_told(latents, left, path)}")
     return VerifiedRef(
         path=latents,
         fingerprint=fingerprint_of(read_settings(latents)),
@@ -93,15 +93,29 @@ def _check_sources(config: CacheLatentsConfig) -> None:
             )
 
 
-def _told(latents: Path, findings: Sequence[Finding], num_bad: int, path: Path) -> str:
-    lines = [f"  {finding.file}: {finding.problem}" for finding in findings[:5]]
-    more = [f"  and {len(findings) - 5} more, all in {path}"] if len(findings) > 5 else []
-    files, pictures = (_several(len(findings), "file"), _several(num_bad, "picture"))
-    head = f"{latents}: {files} not as written, and with that the latents of {pictures}:"
-    advice = f"`sdxl-flows verify {latents} --repair` encodes exactly these pictures again."
+def _listed(latents: Path, findings: Sequence[Finding]) -> Path | None:
+    """Where the list of all findings is now; None where the set cannot be written to."""
+    path = latents / LEDGER_FOLDER / FINDINGS
+    try:
+        write_atomic(path, (orjson.dumps(asdict(f), option=orjson.OPT_APPEND_NEWLINE) for f in findings))
+    except (DataError, DiskFullError):
+        return None
+    return path
+
+
+def _told(latents: Path, findings: Sequence[Finding], path: Path | None) -> str:
+    """A paragraph about them; all of them where they are listed nowhere."""
+    num_told = len(findings) if path is None else MOST_TOLD
+    lines = [f"  {finding.file}: {finding.problem}" for finding in findings[:num_told]]
+    more = [f"  and {len(findings) - num_told} more, all in {path}"] if len(findings) > num_told else []
+    head = f"{latents}: {_several(len(findings), 'file')} not as written"
+    advice = f"`sdxl-flows verify {latents} --repair` makes anew exactly what is bad."
+    if num_bad := sum(len(finding.keys) for finding in findings):
+        head += f", and with that the latents of {_several(num_bad, 'picture')}"
+        advice = f"`sdxl-flows verify {latents} --repair` encodes exactly these pictures again."
     if "made_by" in read_settings(latents):
         advice = "Put whole files in their place, and run import-latents again: it takes what is whole."
-    return "\n".join([head, *lines, *more, f"Nothing of it is served to training. {advice}"])
+    return "\n".join([f"{head}:", *lines, *more, f"Nothing of it is served to training. {advice}"])
 
 
 def _several(number: int, word: str) -> str:
@@ -156,7 +170,7 @@ class _Check:
             elif joined["num_kept"]:
                 has_index = True
                 metadata = self._latents.parent / "meta_lat.json"
-                if not metadata.exists() or sha256_file(metadata) != joined["metadata_sha256"]:
+                if not metadata.is_file() or sha256_file(metadata) != joined["metadata_sha256"]:
                     self._damaged_lists.append(folder / SET)
                     yield Finding(file="../meta_lat.json", problem="is not what cache-latents wrote")
         problems = self._index_problems() if has_index else []

@@ -74,6 +74,14 @@ def test_a_stage_prints_its_result_as_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m.json").read_text()) == {"a": {"tags": "1girl, solo"}}
 
 
+def test_what_the_file_system_refuses_is_a_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latents" / ".ledger" / "settings.json").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and "settings.json: Is a directory. What was finished is kept" in told
+
+
 def test_attention_words_are_accepted_and_explained(tmp_path: Path) -> None:
     done = run("train", "nothing.toml", "--xformers", cwd=tmp_path)
     assert "--xformers: noted" in done.stderr and done.returncode == 2

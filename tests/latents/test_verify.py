@@ -13,7 +13,7 @@ from support.latent_sets import collection, contents, snapshot
 
 from sdxl_core.config import CacheLatentsConfig, RemoveLatentsConfig, VerifyLatentsConfig
 from sdxl_core.errors import DataError, SdxlFlowsError, ShardError
-from sdxl_core.latents import LatentStore
+from sdxl_core.latents import LatentStore, verify
 from sdxl_core.latents.cache import cache_latents
 from sdxl_core.latents.formats import (
     LatentRecord,
@@ -115,6 +115,7 @@ def test_repair_encodes_exactly_what_is_bad_to_the_same_bytes(
 
     monkeypatch.setattr(ShardLedger, "commit", watched)
     ref = verify_latents(VerifyLatentsConfig(path=mine.out, repair=True))
+    assert ref.findings is not None
     findings = [json.loads(line) for line in ref.findings.read_text().splitlines()]
     bad = {key for finding in findings for key in finding["keys"]}
     assert ref.num_rows == 7 - len(bad) and ref.num_repaired == len(bad) == len(written) > 0
@@ -216,6 +217,22 @@ def test_removed_pictures_are_gone_until_they_are_wanted_again(mine: CacheLatent
     assert [(row["key"], row["reason"]) for row in rejected] == [("000", "removed"), ("deep/003", "removed")]
     assert verify_latents(VerifyLatentsConfig(path=mine.out)).num_rows == 5
     assert cache_latents(mine).num_kept == 7 and list(contents(mine.out)) == list(right)
+
+
+def test_a_set_that_cannot_be_written_to_is_verified_all_the_same(mine: CacheLatentsConfig) -> None:
+    path = mine.out / "latents" / ".ledger" / "verify.jsonl"
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise DataError(f"{path}: cannot be written (Read-only file system).")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "write_atomic", read_only)
+        assert verify_latents(VerifyLatentsConfig(path=mine.out)).findings is None
+        for victim in sorted((mine.out / "latents").rglob("*.npz")):
+            flip(victim, 400)
+        with pytest.raises(ShardError) as told:
+            verify_latents(VerifyLatentsConfig(path=mine.out))
+    assert all(victim.name in str(told.value) for victim in (mine.out / "latents").rglob("*.npz"))
 
 
 def test_keys_to_remove_come_from_a_file_too(mine: CacheLatentsConfig, tmp_path: Path) -> None:
