@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 from sdxl_core import __version__
 from sdxl_core.devices import READY_WITHIN_S, Slot, SlotDied, Slots, share_cores
 from sdxl_core.errors import ConfigError
-from sdxl_core.processes import families, kill
+from sdxl_core.ray_guard import guarded, marked
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -283,16 +282,18 @@ def _connected(address: str) -> Iterator[None]:
         return
     settings: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
     with ExitStack() as stack:
+        starting = ExitStack()
         if address == "local":
             folder = tempfile.mkdtemp(prefix="sdxl-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))  # sockets: short
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(guarded(folder))
+            starting.enter_context(marked(folder))
             settings |= {
                 "_temp_dir": folder,
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
         try:
-            with _own_sigterm():
+            with starting, _own_sigterm():
                 ray.init(**settings)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(
@@ -304,15 +305,13 @@ def _connected(address: str) -> Iterator[None]:
 
 
 def _end_own() -> None:
-    """End the Ray of this process at once. By itself it gives each process a second, and leaves agents for longer."""
+    """Disconnect from the Ray of this process at once: by itself it waits a second for each of Ray's processes."""
     import ray
 
     node = ray._private.worker._global_node
-    processes = families(info.process.pid for infos in node.all_processes.values() for info in infos)
     kill_node = node.kill_all_processes
     node.kill_all_processes = lambda **_: kill_node(check_alive=False)
     ray.shutdown()
-    kill(processes)
 
 
 @contextmanager
