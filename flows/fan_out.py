@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, limit: int) -> list[T]:
-    """`submit` every shard, at most `limit` at a time; results in the order of the shards.
+    """`submit` every shard, at most `limit` at a time; results in the order of the shards, which have an `index`.
 
     One failed shard does not keep the others from finishing.
     Raises: the failure itself where it is the only kind; ShardError naming every failed shard where several differ.
@@ -29,11 +29,11 @@ def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, 
         futures.append(future)
     results: list[T] = []
     failures: dict[int, Exception] = {}
-    for number, future in enumerate(futures):
+    for shard, future in zip(shards, futures, strict=True):
         try:
             results.append(future.result())
         except Exception as error:  # whatever ended it, the other shards are asked too
-            failures[number] = error
+            failures[shard.index] = error
     if failures:
         show_failed_shards({number: str(error) for number, error in failures.items()}, num_shards=len(futures))
         first = next(iter(failures.values()))

@@ -132,24 +132,35 @@ def show_page(path: Path, *, key: str, title: str) -> None:
 def show_failed_shards(reasons: dict[int, str], *, num_shards: int) -> None:
     """Each shard that failed for good with its reason, and a link that works on these alone.
 
-    Args: reasons: by the shard's number.
+    Args: reasons: by the shard's number.   num_shards: that the run was to work on.
     """
     lines = [f"# {len(reasons)} of {num_shards} shards failed", "", "The others are finished and kept.", ""]
     lines += [f"* shard {number}: {reason}" for number, reason in reasons.items()]
-    link = _run_again_link()
+    only = list(reasons) if runtime.flow_run.flow_name == "cache-latents" else []  # which has the parameter
+    link = _run_again_link(only)
     again = f"[start these shards again]({link})" if link else "start the same run again"
-    lines += ["", f"Mend what the reasons say, then {again}: finished shards are answered as `Cached`."]
+    names = f"only_shards = {','.join(str(number) for number in only)}"
+    how = f"`{names}`: the others are not looked at" if only else "finished shards are answered as `Cached`"
+    lines += ["", f"Mend what the reasons say, then {again} ({how})."]
     create_markdown_artifact(
         key="failed-shards", markdown="\n".join(lines), description=f"{len(reasons)} of {num_shards} shards failed"
     )
 
 
-def _run_again_link() -> str:
-    """The form of the run that a person or a schedule has started, filled in as it was; "" without a deployment."""
+def _run_again_link(only_shards: list[int]) -> str:
+    """The form of the run that a person or a schedule has started, filled in as it was; "" without a deployment.
+
+    Args: only_shards: what its parameter of this name is set to, none: it is left as it was.
+    """
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(UUID(str(runtime.flow_run.root_flow_run_id)))
     if run.deployment_id is None:
         return ""
+    if only_shards:
+        section = (
+            run.parameters["config"] if "config" in run.parameters else run.parameters["job"].setdefault("latents", {})
+        )
+        section["only_shards"] = only_shards
     parameters = quote(quote(orjson.dumps(run.parameters).decode(), safe=""), safe="")  # twice, as Prefect's page does
     return f"/deployments/deployment/{run.deployment_id}/run?parameters={parameters}"
 

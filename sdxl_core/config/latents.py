@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sdxl_core.roots import data_roots
 from sdxl_core.sections import Section, WeightsName
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -105,6 +106,21 @@ class LatentsOptions(BucketOptions):
     root_map: dict[str, str] = Field(
         {}, description='replace the beginning of metadata keys: {"H:/just_astolfo" = "/data/just_astolfo"}'
     )
+    only_shards: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        title="Only shards",
+        description="numbers of shards, as a run's list of failed shards has them: only these are looked at and "
+        "encoded, the others stay as they are; empty: all",
+    )
+
+    @model_validator(mode="after")
+    def known_cluster(self) -> LatentsOptions:
+        if self.ray_address not in ("local", "auto") and data_roots():
+            raise ValueError(
+                f"ray_address = {self.ray_address}: what a cluster answers can run as code here, so where data roots "
+                f"are set only whoever runs the service names it (RAY_ADDRESS); write auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def one_posterior(self) -> LatentsOptions:
@@ -122,6 +138,10 @@ class CacheLatentsConfig(LatentsOptions):
     manifest: Path | None = Field(None, description="the pictures of this manifest, as subset makes it")
     metadata: Path = Field(description="metadata JSON whose keys name the pictures")
     out: Path = Field(description="folder that receives latents/, meta_lat.json and rejected.jsonl")
+
+    def of_all_shards(self) -> Self:
+        """The same without `only_shards`: what the whole set is made with."""
+        return self.model_copy(update={"only_shards": ()})
 
 
 class VerifyLatentsConfig(Section):

@@ -19,7 +19,7 @@ from sdxl_core.latents.plan import STAGE, LatentPlan
 from sdxl_core.latents.plan import plan_latents as _plan_latents
 from sdxl_core.latents.rows import LEDGER_FOLDER, shard_file
 from sdxl_core.latents.settings import remember_config
-from sdxl_core.latents.shards import shard_is_finished
+from sdxl_core.latents.shards import chosen_shards, shard_is_finished
 from sdxl_core.lock import held_token, output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import LatentSetRef, LatentShardRef, ShardRef
@@ -27,6 +27,7 @@ from sdxl_core.refs import LatentSetRef, LatentShardRef, ShardRef
 __all__ = [
     "LatentPlan",
     "cache_latents",
+    "chosen_shards",
     "draw_page",
     "encode_shard",
     "encode_shard_in_slots",
@@ -41,16 +42,17 @@ WATCH_EVERY_S = 2.0
 
 
 def cache_latents(config: CacheLatentsConfig, *, progress: Progress = no_progress) -> LatentSetRef:
-    """Encode every picture of the metadata that is not encoded yet.
+    """Encode every picture of the metadata that is not encoded yet; with `only_shards`, those of these shards.
 
     `devices = cpu` works in this process; any other in processes of their own, which are started again when they are
     killed; `engine = ray` in those of a Ray cluster.
     Raises: ConfigError, DataError, LockedError, DiskFullError, SlotDied (the same shard four times).
+    ShardError: the shards of `only_shards` are finished, but not all the others.
     """
     engine = open_slots(config)
     with output_lock(config.out / "latents", purpose="cache-latents"):
         plan = plan_latents(config)
-        left = [shard for shard in plan.shards if shard_is_finished(shard, config) is None]
+        left = [shard for shard in chosen_shards(plan, config) if shard_is_finished(shard, config) is None]
         if works_here(config):
             _encode_here(left, plan, config, progress)
         elif left:
@@ -76,7 +78,7 @@ def plan_latents(config: CacheLatentsConfig) -> LatentPlan:
     plan = _plan_latents(config)
     for folder in (config.out, config.out / "latents" / LEDGER_FOLDER):
         remove_stale_partials(folder, name="*")
-    remember_config(config)
+    remember_config(config.of_all_shards())
     return plan
 
 

@@ -21,6 +21,7 @@ from sdxl_core.latents.ledger import KEPT, PARTS, REJECTED, LatentFile, Rejectio
 from sdxl_core.latents.metadata import Block, blocks
 from sdxl_core.latents.plan import STAGE, LatentPlan
 from sdxl_core.latents.rows import LEDGER_FOLDER
+from sdxl_core.latents.shards import shown
 from sdxl_core.latents.tables import checked_json, parse_checked
 from sdxl_core.lock import held_token, still_held
 from sdxl_core.progress import Progress, no_progress
@@ -59,7 +60,13 @@ def join_latents(config: CacheLatentsConfig, plan: LatentPlan, *, progress: Prog
     """
     latents = config.out / "latents"
     folder = latents / LEDGER_FOLDER
-    made_from = digest_of(plan.digest, *(f"{shard.digest}|{_stamp(shard, latents)}" for shard in plan.shards))
+    stamps = [_stamp(shard, latents) for shard in plan.shards]
+    unfinished = [shard.index for shard, stamp in zip(plan.shards, stamps, strict=True) if stamp is None]
+    if unfinished:
+        raise _unfinished(config, unfinished, len(stamps))
+    made_from = digest_of(
+        plan.digest, *(f"{shard.digest}|{stamp}" for shard, stamp in zip(plan.shards, stamps, strict=True))
+    )
     joined = _last_joined(config, made_from)
     if joined is None:
         joined = _Join(config, plan, made_from).run(progress)
@@ -89,15 +96,24 @@ def join_latents(config: CacheLatentsConfig, plan: LatentPlan, *, progress: Prog
     )
 
 
-def _stamp(shard: ShardRef, latents: Path) -> tuple[int, int]:
-    """Size and time of a finished shard's ledger."""
+def _stamp(shard: ShardRef, latents: Path) -> tuple[int, int] | None:
+    """Size and time of a finished shard's ledger, None where it is not finished or its files are not as written."""
     summary = finished(shard.path, latents)
-    if summary is None:
-        raise ShardError(
-            f"{latents / LEDGER_FOLDER}: shard {shard.index} is not finished, or its files were changed meanwhile. Run "
-            f"the same command again; it encodes what is not recorded."
+    return None if summary is None else summary.ledger
+
+
+def _unfinished(config: CacheLatentsConfig, unfinished: list[int], num_shards: int) -> ShardError:
+    where, numbers = config.out / "latents" / LEDGER_FOLDER, shown(unfinished)
+    if config.only_shards and set(unfinished).isdisjoint(config.only_shards):
+        return ShardError(
+            f"{where}: the shards of only_shards ({shown(config.only_shards)}) are finished. Of all {num_shards}, "
+            f"{len(unfinished)} are not: {numbers}. So meta_lat.json and the index stay as they were. Run again with "
+            f"their numbers, or without any: then all are looked at."
         )
-    return summary.ledger
+    return ShardError(
+        f"{where}: shard {numbers} is not finished, or its files were changed meanwhile. Run the same command again; "
+        f"it encodes what is not recorded."
+    )
 
 
 def _last_joined(config: CacheLatentsConfig, made_from: str) -> _Joined | None:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sdxl_core.catalog.images import ImagePlace, ImageReader
 from sdxl_core.config import CacheLatentsConfig
-from sdxl_core.errors import DataError
+from sdxl_core.errors import ConfigError, DataError
 from sdxl_core.latents.ledger import ShardLedger, Summary, finished, read_summary
+from sdxl_core.latents.plan import LatentPlan
 from sdxl_core.latents.rows import ShardRows
 from sdxl_core.refs import LatentShardRef, ShardRef
 
+MOST_SHOWN = 20
 TRIED_AGAIN = ("missing_image", "unreadable")  # what may have been a disk's fault, and not the picture's
+
+
+def chosen_shards(plan: LatentPlan, config: CacheLatentsConfig) -> tuple[ShardRef, ...]:
+    """The shards that `only_shards` names, in the plan's order; all where it names none.
+
+    Raises: ConfigError: there is no shard of such a number.
+    """
+    if not config.only_shards:
+        return plan.shards
+    unknown = sorted(set(config.only_shards) - {shard.index for shard in plan.shards})
+    if unknown:
+        raise ConfigError(
+            f"only_shards = {shown(config.only_shards)}: there is no shard {shown(unknown)}. These pictures are in "
+            f"{len(plan.shards)} shards, numbered from 0; a run's list of failed shards names those to start again."
+        )
+    return tuple(shard for shard in plan.shards if shard.index in config.only_shards)
+
+
+def shown(numbers: Sequence[int]) -> str:
+    """Numbers of shards for people: the first twenty, and how many more."""
+    more = f" and {len(numbers) - MOST_SHOWN} more" if len(numbers) > MOST_SHOWN else ""
+    return ", ".join(str(number) for number in numbers[:MOST_SHOWN]) + more
 
 
 def shard_is_finished(shard: ShardRef, config: CacheLatentsConfig, lock: str = "") -> LatentShardRef | None:

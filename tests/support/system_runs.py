@@ -63,6 +63,19 @@ def task_states_of(service: Service, task_run: UUID) -> list[Any]:
         return sorted(client.read_task_run_states(task_run), key=lambda state: state.timestamp)
 
 
+def failed_shards_of(service: Service, run: UUID) -> str:
+    """The markdown that lists them."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+
+    wanted = ArtifactFilter(
+        key=ArtifactFilterKey(any_=["failed-shards"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run])
+    )
+    with service.client() as client:
+        shown = client.read_artifacts(artifact_filter=wanted)
+    assert len(shown) == 1
+    return str(shown[0].data)
+
+
 def role_of(run: UUID, role: str) -> set[int]:
     """The processes of a run that are its flow, its slots or its trainers."""
     return in_role(role, processes_of(run))

@@ -8,22 +8,9 @@ from uuid import UUID
 
 import pytest
 from support.service import Service
-from support.system_runs import task_runs_of
+from support.system_runs import failed_shards_of, task_runs_of
 
 pytestmark = pytest.mark.system
-
-
-def failed_shards_of(service: Service, run: UUID) -> str:
-    """The markdown that lists them."""
-    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
-
-    wanted = ArtifactFilter(
-        key=ArtifactFilterKey(any_=["failed-shards"]), flow_run_id=ArtifactFilterFlowRunId(any_=[run])
-    )
-    with service.client() as client:
-        shown = client.read_artifacts(artifact_filter=wanted)
-    assert len(shown) == 1
-    return str(shown[0].data)
 
 
 def test_shards_that_failed_for_good_are_listed_and_started_again_by_a_link(service: Service, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""Latent shards that failed for good: the list's link starts these alone, by their numbers."""
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import unquote
+from uuid import UUID
+
+import pytest
+from support.service import Service
+from support.system_runs import SMALL, failed_shards_of, latents_config, latents_of, parameters, task_runs_of
+
+pytestmark = pytest.mark.system
+
+
+def shards_of(service: Service, run: UUID) -> dict[str, str]:
+    return {task.name: task.state_name for task in task_runs_of(service, run) if task.name.startswith("encode-shard")}
+
+
+def test_the_link_of_failed_latent_shards_works_on_them_alone(service: Service, pictures: Path, tmp_path: Path) -> None:
+    config = latents_config(pictures, tmp_path, **SMALL, shard_size=12)
+    in_the_way = [tmp_path / "latents" / f"scene_{number:02}.npz" for number in (13, 40)]
+    for path in in_the_way:  # a mistake that no waiting mends
+        (path / "something").mkdir(parents=True)
+    run = service.submit("cache-latents/cache-latents", parameters(config))
+    service.wait_for(run, "Failed")
+    assert shards_of(service, run) == {
+        "encode-shard-0": "Completed", "encode-shard-1": "Failed", "encode-shard-2": "Completed",
+        "encode-shard-3": "Failed", "encode-shard-4": "Completed",
+    }  # fmt: skip
+    listed = failed_shards_of(service, run)
+    assert "`only_shards = 1,3`" in listed and all(path.name in listed for path in in_the_way), listed
+    link = re.search(r"\(/deployments/deployment/([0-9a-f-]+)/run\?parameters=([^)]+)\)", listed)
+    assert link is not None, listed
+    for path in in_the_way:
+        (path / "something").rmdir()
+        path.rmdir()
+    submitted = json.loads(unquote(unquote(link[2])))
+    assert submitted == {"config": parameters(config)["config"] | {"only_shards": [1, 3]}}
+    with service.client() as client:  # what the form that the link opens submits
+        again = client.create_flow_run_from_deployment(UUID(link[1]), parameters=submitted).id
+    service.wait_for(again, "Completed")
+    assert shards_of(service, again) == {"encode-shard-1": "Completed", "encode-shard-3": "Completed"}
+    assert len(json.loads((tmp_path / "meta_lat.json").read_bytes())) == len(latents_of(tmp_path)) == 48
