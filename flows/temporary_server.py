@@ -7,7 +7,6 @@ and ends with the process that started it, however that ends.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import prefect
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED, get_current_settings
 
-PR_SET_PDEATHSIG = 1
+from sdxl_core.processes import ending_with_parent
 
 
 def start_temporary_server() -> None:
@@ -42,7 +41,6 @@ def _serve(server: SubprocessASGIServer) -> subprocess.Popen[bytes]:
         "PREFECT__SERVER_FINAL": "1",
         **get_current_settings().to_environment_variables(exclude_unset=True),
     }
-    if sys.platform != "linux":
-        return subprocess.Popen(command, env=environment, start_new_session=True)
-    end_with_parent = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=ending_with_parent(signal.SIGTERM)
+    )

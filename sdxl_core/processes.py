@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
 
 
 def process_start(pid: int) -> str | None:
@@ -48,6 +51,13 @@ def boot_id() -> str:
         return ""
 
 
+def ending_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+    """A `preexec_fn`: the child is sent this signal when the thread that started it ends. Linux; elsewhere None."""
+    if sys.platform != "linux":
+        return None
+    return partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, number)
+
+
 def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str], *, grace_s: float) -> None:
     """SIGTERM to a child's process group, SIGKILL to what is left of it after `grace_s` seconds.
 
@@ -78,34 +88,6 @@ def group_lives(group: int) -> bool:
         if int(fields[2]) == group and fields[0] not in "ZX":
             return True
     return False
-
-
-def families(roots: Iterable[int]) -> dict[int, str]:
-    """The processes `roots` and all that descend from them, each with its `process_start`. Linux; elsewhere: {}."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(path.parent.name))
-    found: dict[int, str] = {}
-    left = list(roots)
-    while left:
-        pid = left.pop()
-        started = process_start(pid)
-        if started is not None and pid not in found:
-            found[pid] = started
-            left += children.get(pid, [])
-    return found
-
-
-def kill(processes: Mapping[int, str]) -> None:
-    """SIGKILL to those of `families` that are still there."""
-    for pid, started in processes.items():
-        if process_start(pid) == started:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

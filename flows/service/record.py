@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import orjson
 
+from sdxl_core.errors import ConfigError
 from sdxl_core.files import write_atomic
 from sdxl_core.processes import process_start
 
@@ -48,3 +52,27 @@ def write_record(*, url: str, ready: bool) -> None:
 
 def remove_record() -> None:
     (service_folder() / "service.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed_folder() -> Iterator[None]:
+    """Only one service at a time. Raises: ConfigError: another is there, or the folder cannot be written."""
+    folder = service_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror}). Its logs go there; set SDXL_FLOWS_HOME to a folder that "
+            f"can be."
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another `sdxl-flows up` holds {folder}: it is starting or ending just now. `sdxl-flows status` tells."
+            ) from error
+        yield
+    finally:
+        os.close(lock)

@@ -10,17 +10,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
 from httpx import HTTPError
 from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_SERVER_API_AUTH_STRING,
+    temporary_settings,
+)
 
 from flows.service.deploy import POOL, ROOT, deploy, is_healthy, wait_for_runs
-from flows.service.record import read_record, remove_record, service_folder, write_record
+from flows.service.record import claimed_folder, read_record, remove_record, service_folder, write_record
 from sdxl_core.errors import ConfigError, SdxlFlowsError
-from sdxl_core.processes import end_group
+from sdxl_core.processes import end_group, ending_with_parent
 from tasks.curves import CURVES_FOLDER, CURVES_URL
 
 START_TIMEOUT_S = 180.0
@@ -30,7 +37,8 @@ DATABASE_VARIABLE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 SERVER = ("-m", "prefect", "server", "start")
 WORKER = ("-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--install-policy", "never")
 TENSORBOARD = ("-m", "tensorboard.main", "--host", "127.0.0.1", "--reload_interval", "10")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
+DOWN_WITHIN_S = 90.0  # server, worker and TensorBoard have WORKER_GRACE_S each
 
 
 def up(*, host: str, port: int, detach: bool, curves_port: int, database_url: str) -> None:
@@ -39,25 +47,37 @@ def up(*, host: str, port: int, detach: bool, curves_port: int, database_url: st
     Args:   curves_port: of TensorBoard, on loopback; 0: none.
             database_url: of the server's database; "": as the environment says, else SQLite in $PREFECT_HOME.
     Raises: ConfigError: it runs already, the port is taken, the host would expose it without a password, or the
-            database's address cannot be right.
+            database's address cannot be right; its folder cannot be written.
     """
     if database_url:
         os.environ[DATABASE_VARIABLE] = connection_url(database_url)
     running = read_record()
     if running is not None:
         raise ConfigError(f"it runs already: {running.url} (process {running.pid}). `sdxl-flows down` ends it.")
-    if host not in LOOPBACK and not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+    _check_password(host)
+    reason = _why_not_free(host, port)
+    if reason:
+        raise ConfigError(f"port {port} on {host} cannot be used: {reason}. Choose another --port.")
+    with claimed_folder():
+        if not detach:
+            _supervise(host, port, curves_port)
+    if detach:
+        _detach(host, port, curves_port)
+
+
+def _check_password(host: str) -> None:
+    """Raises: ConfigError: others could reach the server and it asks for none, or the worker would not know it."""
+    asked, known = PREFECT_SERVER_API_AUTH_STRING.value(), PREFECT_API_AUTH_STRING.value()
+    if host not in LOOPBACK and not asked:
         raise ConfigError(
             f"--host {host} would let anyone on the network start jobs here. Set PREFECT_SERVER_API_AUTH_STRING and "
             f"PREFECT_API_AUTH_STRING to 'user:password' first, or keep 127.0.0.1 and use an SSH tunnel."
         )
-    reason = _why_not_free(host, port)
-    if reason:
-        raise ConfigError(f"port {port} on {host} cannot be used: {reason}. Choose another --port.")
-    if detach:
-        _detach(host, port, curves_port)
-    else:
-        _supervise(host, port, curves_port)
+    if asked and asked != known:
+        raise ConfigError(
+            "PREFECT_SERVER_API_AUTH_STRING is set, and PREFECT_API_AUTH_STRING is not the same: the worker would not "
+            "be let in. Set both to the same 'user:password'."
+        )
 
 
 def _why_not_free(host: str, port: int) -> str:
@@ -93,7 +113,6 @@ def _detach(host: str, port: int, curves_port: int) -> None:
     command = [sys.executable, "-m", "sdxl_core.cli", "up", "--host", host, "--port", str(port)]
     command += ["--tensorboard-port", str(curves_port)]
     log = service_folder() / "up.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as output:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -115,6 +134,8 @@ def _supervise(host: str, port: int, curves_port: int) -> None:
         "PREFECT_UI_API_URL": f"{url}/api" if seen_from_here else "/api",
     }
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
+        signal.signal(signal.SIGHUP, _interrupt)
     write_record(url=url, ready=False)
     server_command = [*SERVER, "--host", host, "--port", str(port)]
     try:
@@ -168,7 +189,6 @@ class Child:
     def start(self) -> subprocess.Popen[bytes]:
         self.started_s = time.monotonic()
         log = service_folder() / f"{self.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:  # a file, never a pipe: the server dies of a pipe that nobody reads
             self.process = subprocess.Popen(
                 [sys.executable, *self._command],
@@ -178,6 +198,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=ending_with_parent(signal.SIGTERM),
             )
         return self.process
 
@@ -243,8 +264,21 @@ def down() -> None:
     if record is None:
         print("nothing is running.")
         return
-    os.kill(record.pid, signal.SIGTERM)
+    try:
+        os.kill(record.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it has ended just now
+    except PermissionError as error:
+        raise SdxlFlowsError(
+            f"process {record.pid}, which holds {record.url}, belongs to another user: only they can end it."
+        ) from error
+    deadline = time.monotonic() + DOWN_WITHIN_S
     while record.is_alive():
+        if time.monotonic() > deadline:
+            raise SdxlFlowsError(
+                f"process {record.pid} has not ended {record.url} within {DOWN_WITHIN_S:.0f} s; see {service_folder()} "
+                f"for what it does. `kill -9 {record.pid}` ends it, and with it server and worker."
+            )
         time.sleep(0.2)
     print("ended: server and worker are down.")
 
@@ -257,10 +291,19 @@ def status() -> int:
         return 1
     healthy = is_healthy(record.url)
     print(f"{record.url}   process {record.pid}   server {'answers' if healthy else 'does not answer'}")
-    if healthy:
+    if not healthy:
+        return 1
+    try:
         with temporary_settings({PREFECT_API_URL: f"{record.url}/api"}), get_client(sync_client=True) as client:
             for worker in client.read_workers_for_work_pool(POOL):
                 print(f"worker {worker.name}: {str(worker.status.value).lower()}")
             for run in client.read_flow_runs(limit=10):
                 print(f"run {run.name}: {run.state_name}")
-    return 0 if healthy else 1
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != HTTPStatus.UNAUTHORIZED:
+            raise SdxlFlowsError(f"{record.url}: {error.response.text}") from error
+        raise ConfigError(
+            f"{record.url} asks for a password. Set PREFECT_API_AUTH_STRING to the 'user:password' that `up` was "
+            f"started with, and ask again."
+        ) from error
+    return 0

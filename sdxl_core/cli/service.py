@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_core.cli.common import add_command, flows_cli
+from sdxl_core.errors import ConfigError
 from sdxl_core.roots import ROOTS_VARIABLE
 
 
@@ -17,7 +18,7 @@ def add_service(commands: Any) -> None:
     """`up`, `status`, `down`."""
     up = add_command(commands, "up", "a Prefect server, every flow deployed, and a worker, until Ctrl-C", _up)
     up.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    up.add_argument("--port", type=int, default=4200, help="(default: 4200)")
+    up.add_argument("--port", type=_port, default=4200, help="(default: 4200)")
     up.add_argument("--detach", action="store_true", help="leave it running in the background")
     up.add_argument(
         "--database-url", default="", metavar="URL",
@@ -25,7 +26,11 @@ def add_service(commands: Any) -> None:
         "environment's PREFECT_SERVER_DATABASE_CONNECTION_URL does the same, and shows the password to no `ps`)",
     )  # fmt: skip
     up.add_argument(
-        "--tensorboard-port", type=int, default=6006, metavar="PORT", help="on 127.0.0.1; 0: none (default: 6006)"
+        "--tensorboard-port",
+        type=_port_or_none,
+        default=6006,
+        metavar="PORT",
+        help="on 127.0.0.1; 0: none (default: 6006)",
     )
     up.add_argument(
         "--data-root", type=Path, action="append", default=[], metavar="DIR", dest="data_roots",
@@ -41,7 +46,20 @@ def service() -> Any:
     return import_module("flows.service.up")
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a whole number from 1 to 65535")
+    return int(text)
+
+
+def _port_or_none(text: str) -> int:
+    return 0 if text == "0" else _port(text)
+
+
 def _up(options: argparse.Namespace) -> None:
+    for root in options.data_roots:
+        if not root.is_dir():
+            raise ConfigError(f"--data-root {root}: there is no such folder. Name one that holds data or models.")
     if options.data_roots:
         os.environ[ROOTS_VARIABLE] = os.pathsep.join(str(root.resolve()) for root in options.data_roots)
     service().up(

@@ -33,10 +33,11 @@ def test_options_reach_the_config_with_their_types() -> None:
     values = parse(
         "cache-latents", "--source", "s", "--metadata=m.json", "--out", "o", "--vae", "v.safetensors",
         "--batch_size=8", "--no-upscale", "--max-cropped-share", "0.5", "--root-map", "H:/a=/data/a",
+        "--only-shards", "3,1",
     )  # fmt: skip
     config = check(CacheLatentsConfig, values, where="test")
     assert (config.batch_size, config.no_upscale, config.max_cropped_share) == (8, True, 0.5)
-    assert config.root_map == {"H:/a": "/data/a"} and config.metadata == Path("m.json")
+    assert config.only_shards == (3, 1) and config.root_map == {"H:/a": "/data/a"} and config.metadata == Path("m.json")
 
 
 def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -54,6 +55,9 @@ def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["merge-tags", "--source", ".", "--out", "m.json", "--num-shards", "0"], 2, "num_shards = 0"),
         (["run", "nothing.toml"], 2, "nothing.toml: there is no such file"),
         (["train"], 2, "--config TRAIN.toml"),
+        (["up", "--port", "99999"], 2, "'99999' is no port"),
+        (["up", "--tensorboard-port", "-1"], 2, "'-1' is no port"),
+        (["up", "--data-root", "nowhere"], 2, "--data-root nowhere: there is no such folder"),
     ],
 )
 def test_a_wrong_call_ends_with_status_2_and_no_traceback(

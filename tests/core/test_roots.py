@@ -54,6 +54,14 @@ def test_paths_in_lists_sections_and_model_names_are_judged_too(roots: Path) -> 
         check(JobConfig, {"out": inside, "source": {"path": inside}, "train": {"base_model": outside}}, where="here")
 
 
+def test_another_ray_cluster_than_the_one_of_whoever_runs_the_service_is_refused(roots: Path) -> None:
+    """What it answers can run as code."""
+    paths = dict.fromkeys(("source", "metadata", "out"), str(roots / "data"))
+    with pytest.raises(ConfigError, match=r"ray_address = evil:6379: .*write auto"):
+        check(CacheLatentsConfig, paths | {"engine": "ray", "ray_address": "evil:6379"}, where="here")
+    check(CacheLatentsConfig, paths | {"engine": "ray", "ray_address": "auto"}, where="here")
+
+
 def test_links_among_the_pictures_are_not_followed_out(roots: Path) -> None:
     source = roots / "data" / "in"
     source.mkdir()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,10 +35,11 @@ class Service:
         ports = ["--port", str(self.port), "--tensorboard-port", str(self.curves_port)]
         return self.command("up", "--detach", *ports, *options)
 
-    def command(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sdxl_core.cli", *argv]
+    def command(self, *argv: str, changed: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+        """Args: changed: in the environment."""
+        command, environment = [sys.executable, "-m", "sdxl_core.cli", *argv], self.environment | changed
         return subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
         )
 
     def prefect(self, *argv: str) -> subprocess.CompletedProcess[str]:

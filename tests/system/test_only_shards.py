@@ -10,6 +10,11 @@ import pytest
 from support.service import Service
 from support.system_runs import SMALL, failed_shards_of, latents_config, latents_of, parameters, task_runs_of
 
+from sdxl_core.latents.cache import plan_latents
+from sdxl_core.latents.quarantine import ENDING
+from sdxl_core.latents.rows import shard_file
+from sdxl_core.lock import output_lock
+
 pytestmark = pytest.mark.system
 
 
@@ -19,8 +24,10 @@ def shards_of(service: Service, run: UUID) -> dict[str, str]:
 
 def test_the_link_of_failed_latent_shards_works_on_them_alone(service: Service, pictures: Path, tmp_path: Path) -> None:
     config = latents_config(pictures, tmp_path, **SMALL, shard_size=12)
-    in_the_way = [tmp_path / "latents" / f"scene_{number:02}.npz" for number in (13, 40)]
-    for path in in_the_way:  # a mistake that no waiting mends
+    with output_lock(tmp_path / "latents", purpose="see what the shards are called"):
+        plan = plan_latents(config)
+    in_the_way = [shard_file(plan.shards[number].path, ENDING) for number in (1, 3)]
+    for path in in_the_way:  # of the note that a shard is begun: a mistake that no waiting mends
         (path / "something").mkdir(parents=True)
     run = service.submit("cache-latents/cache-latents", parameters(config))
     service.wait_for(run, "Failed")

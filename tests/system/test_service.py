@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from support.service import Service
+from support.service import Service, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -74,8 +74,11 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
 
 def test_exposing_the_server_without_a_password_is_refused(tmp_path: Path) -> None:
     other = Service(tmp_path)
-    refused = other.command("up", "--host", "0.0.0.0", "--port", str(other.port))
-    assert refused.returncode == 2 and "PREFECT_SERVER_API_AUTH_STRING" in refused.stderr
+    exposed = ("up", "--host", "0.0.0.0", "--port", str(other.port))
+    refused = other.command(*exposed)
+    assert refused.returncode == 2 and "would let anyone on the network" in refused.stderr
+    locked_out = other.command(*exposed, changed={"PREFECT_SERVER_API_AUTH_STRING": "user:word"})
+    assert locked_out.returncode == 2 and "the worker would not be let in" in locked_out.stderr
 
 
 def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> None:
@@ -100,7 +103,16 @@ def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> N
         assert started.returncode == 0, started.stdout + started.stderr
         assert (answer(""), answer("user:guess"), answer("user:word")) == (401, 401, 200)
         assert "online" in other.command("status").stdout, "the worker has the password"
+        unknown = {"PREFECT_API_AUTH_STRING": "user:guess"}
+        asked = other.command("status", changed=unknown)
+        assert asked.returncode == 2 and "asks for a password" in asked.stderr and "Traceback" not in asked.stderr
         with urllib.request.urlopen(f"http://127.0.0.1:{other.port}/ui-settings", timeout=30) as told:
             assert json.load(told)["api_url"] == "/api", "the page asks the host that it came from"
+        (supervisor,) = (pid for pid in other.processes() if b"\0up\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until(lambda: not other.processes(), timeout_s=30, what="end of server and worker with their supervisor")
+        status = other.command("status")
+        assert status.returncode == 1 and "not running" in status.stdout
     finally:
-        assert "down" in other.command("down").stdout
+        ended = [other.command("down").stdout.strip() for _ in range(2)]
+    assert ended == ["nothing is running."] * 2
