@@ -29,4 +29,4 @@ def cache_latents(config: CacheLatentsConfig) -> LatentSetRef:
                 chosen,
                 limit=len(slots.slots),
             )
-        return join_latents(config, plan, shards)
+        return join_latents(config, plan, list(shards), shards.states)

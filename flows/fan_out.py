@@ -14,8 +14,14 @@ from tasks.artifacts import show_failed_shards
 T = TypeVar("T")
 
 
-def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, limit: int) -> list[T]:
-    """`submit` every shard, at most `limit` at a time; results in the order of the shards, which have an `index`.
+class Gathered(list[T]):
+    """Results in the order of the shards. `states`: how each shard ended, by Prefect's name (Completed, Cached)."""
+
+    states: list[str]
+
+
+def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, limit: int) -> Gathered[T]:
+    """`submit` every shard, at most `limit` at a time; shards have an `index`, their number for people.
 
     One failed shard does not keep the others from finishing.
     Raises: the failure itself where it is the only kind; ShardError naming every failed shard where several differ.
@@ -27,7 +33,7 @@ def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, 
         future = submit(shard)
         future.add_done_callback(lambda _: free.release())
         futures.append(future)
-    results: list[T] = []
+    results = Gathered[T]()
     failures: dict[int, Exception] = {}
     for shard, future in zip(shards, futures, strict=True):
         try:
@@ -44,4 +50,5 @@ def gather(submit: Callable[[Any], PrefectFuture[T]], shards: Sequence[Any], *, 
             f"{len(failures)} of {len(futures)} shards failed; the others are finished and kept. Retry this run, or "
             f"start it again: only these are worked on.\n{text}"
         )
+    results.states = [future.state.name or "" for future in futures]
     return results

@@ -106,18 +106,19 @@ def show_result(ref: Any, *, key: str, title: str) -> None:
 
 
 @never_failing("a result")
-def show_shards(shards: list[LatentShardRef]) -> None:
-    """A row a latent shard: device, pictures, speed, what it was bound by."""
+def show_shards(shards: list[LatentShardRef], states: list[str]) -> None:
+    """A row a latent shard: state, device, pictures, speed, what it was bound by."""
     rows = [
         {
             "shard": shard.index,
+            "state": state,
             "device": shard.device,
             "kept": shard.num_kept,
             "rejected": shard.num_rejected,
             "images/s": round(shard.images_per_s, 2),
             "bound by": shard.bound_by,
         }
-        for shard in shards
+        for shard, state in zip(shards, states, strict=True)
     ]
     create_table_artifact(key="latents-shards", table=rows, description=f"{len(rows)} latent shards")
 

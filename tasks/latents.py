@@ -24,12 +24,14 @@ def encode_shard(shard: ShardRef, config: CacheLatentsConfig, slots: Slots) -> L
 
 
 @task(name="join-latents", **ONCE, **RETRIED)
-def join_latents(config: CacheLatentsConfig, plan: core.LatentPlan, shards: list[LatentShardRef]) -> LatentSetRef:
-    """Write meta_lat.json, the index and the rejected list; show histogram and shards."""
+def join_latents(
+    config: CacheLatentsConfig, plan: core.LatentPlan, shards: list[LatentShardRef], states: list[str]
+) -> LatentSetRef:
+    """Write meta_lat.json, the index and the rejected list; show histogram and shards, and how each shard ended."""
     ref = core.join_latents(config, plan, progress=ProgressArtifact("latents-join", "entries joined"))
     show_result(ref, key="latents", title="Latents")
     show_buckets(ref)
-    show_shards(shards)
+    show_shards(shards, states)
     show_page(core.draw_page(config, ref), key="latents-page", title="The latents to look at")
     return ref
 

@@ -18,7 +18,10 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import Event, Resource, ResourceSpecification
 
 FLOW_RUNS = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
-AUTO_RESUME = ResourceSpecification({"prefect.resource.role": "tag", "prefect.resource.id": "prefect.tag.auto-resume"})
+RESUMED_TAG = "auto-resume"
+AUTO_RESUME = ResourceSpecification(
+    {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{RESUMED_TAG}"}
+)
 HEARTBEAT = "prefect.flow-run.heartbeat"
 PAGE = 200  # runs the server gives at once
 SILENT_AFTER_S = 95  # three heartbeats of 30 s, and a little

@@ -20,7 +20,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
-from flows.service.automations import install
+from flows.service.automations import RESUMED_TAG, install
 from sdxl_core.config import NotifyOptions, Occasion
 from sdxl_core.errors import ConfigError
 from tasks.artifacts import PROGRESS_EVENT
@@ -57,15 +57,22 @@ def notify_about_this_run(options: NotifyOptions) -> None:
     with get_client(sync_client=True) as client:
         _remove_those_of_ended_runs(client)
         blocks = [_block_id(client, name) for name in options.blocks]
+        resumed = RESUMED_TAG in runtime.flow_run.tags
         for occasion in options.on:
-            install(client, automation(occasion, options, UUID(str(runtime.flow_run.id)), blocks))
+            install(client, automation(occasion, options, UUID(str(runtime.flow_run.id)), blocks, resumed=resumed))
 
 
-def automation(occasion: Occasion, options: NotifyOptions, run: UUID, blocks: list[UUID]) -> Automation:
-    """The automation for one occasion of one run. Args: blocks: ids of the notification blocks' documents."""
+def automation(
+    occasion: Occasion, options: NotifyOptions, run: UUID, blocks: list[UUID], *, resumed: bool
+) -> Automation:
+    """The automation for one occasion of one run.
+
+    Args:   blocks: ids of the notification blocks' documents.   resumed: a crash is not its end, it continues.
+    """
+    ends = {"Completed"} if occasion == "finished" else {"Failed"} if resumed else {"Failed", "Crashed"}
     return Automation(
         name=f"{PREFIX} that run {run} {WORDS[occasion]}",
-        trigger=_stuck(run, options) if occasion == "stuck" else _ended(run, occasion),
+        trigger=_stuck(run, options) if occasion == "stuck" else _ended(run, ends),
         actions=[
             SendNotification(block_document_id=block, subject=f"sdxl-flows: a run {WORDS[occasion]}", body=BODY)
             for block in blocks
@@ -73,9 +80,9 @@ def automation(occasion: Occasion, options: NotifyOptions, run: UUID, blocks: li
     )
 
 
-def _ended(run: UUID, occasion: Occasion) -> EventTrigger:
+def _ended(run: UUID, states: set[str]) -> EventTrigger:
     return EventTrigger(
-        expect={"prefect.flow-run.Completed" if occasion == "finished" else "prefect.flow-run.Failed"},
+        expect={f"prefect.flow-run.{state}" for state in states},
         match=ResourceSpecification({"prefect.resource.id": f"prefect.flow-run.{run}"}),
         for_each={"prefect.resource.id"},
         posture=Posture.Reactive,

@@ -284,14 +284,19 @@ def down() -> None:
 
 
 def status() -> int:
-    """Print what runs. Returns 0 where the service is up and answers, else 1."""
+    """Print what runs. Returns 0 where the service is up and answers, else 1.
+
+    Raises: ConfigError: the server asks for a password, and not this one is known here.
+    """
     record = read_record()
     if record is None:
         print("not running. `sdxl-flows up` starts it.")
         return 1
     healthy = is_healthy(record.url)
     print(f"{record.url}   process {record.pid}   server {'answers' if healthy else 'does not answer'}")
-    if not healthy:
+    if not (healthy and record.ready):
+        if not record.ready:
+            print(f"it is still starting; logs in {service_folder()}")
         return 1
     try:
         with temporary_settings({PREFECT_API_URL: f"{record.url}/api"}), get_client(sync_client=True) as client:

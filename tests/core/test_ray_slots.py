@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 from support.ray_cluster import two_nodes
+from support.run_processes import listening
 
 from sdxl_core.config import CacheLatentsConfig, LatentsOptions
 from sdxl_core.devices import SlotDied, SlotsClosed
@@ -250,15 +250,4 @@ def marked(text: str) -> set[int]:
                 found.add(int(entry.name))
         except OSError:
             continue
-    return found
-
-
-def listening(pids: set[int]) -> set[str]:
-    """The addresses that these processes accept connections on."""
-    import psutil
-
-    found = set()
-    for pid in pids:
-        connections: list[Any] = psutil.Process(pid).net_connections("inet")
-        found |= {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
     return found

@@ -15,6 +15,7 @@ from sdxl_core.config import CacheLatentsConfig, JobConfig, MergeTagsConfig
 from sdxl_core.demo import demo_job
 from sdxl_core.devices import Slot
 from sdxl_core.errors import ConfigError
+from sdxl_core.files import sha256_file
 from sdxl_core.refs import SubsetRef
 from sdxl_core.rejected import read_rejected
 
@@ -83,7 +84,19 @@ def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: J
     reasons = {row.key: row.reason for row in read_rejected(out / "rejected.jsonl")}
     assert reasons == {"zz_no_text": "no_caption", "zz_cut": "undecodable", "zz_small": "too_small"}
 
-    shown = artifacts("run-report", "run-lineage", "train-checkpoint")
+    assert latents["parents"] == [merged["sha256"]] and merged["sha256"] == sha256_file(out / "meta_cap_dd.json")
+    assert record["stages"]["train"]["result"]["parents"], "a result names what it was made from"
+
+    shown = artifacts(
+        "run-report", "run-lineage", "train-checkpoint", "latents-shards", "latents-buckets", "latents-summary"
+    )
+    shards = json.loads(shown["latents-shards"])
+    assert sum(shard["kept"] for shard in shards) == latents["num_kept"]
+    assert all(shard["state"] == "Completed" and shard["images/s"] > 0 for shard in shards)
+    assert {shard["bound by"] for shard in shards} <= {"read", "decode", "transfer", "vae", "write"}
+    assert {shard["device"] for shard in shards} == {"cpu"}
+    assert all(f"| {bucket} | {number} |" in shown["latents-buckets"] for bucket, number in latents["buckets"].items())
+    assert "| undecodable | 1 |" in shown["latents-summary"] and "| too_small | 1 |" in shown["latents-summary"]
     assert shown["run-report"].count("](data:image/jpeg;base64,") == 1 and "38 of 51" in shown["run-report"]
     assert (
         "scenery -night" in shown["run-lineage"]

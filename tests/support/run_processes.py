@@ -1,7 +1,9 @@
 """The processes of a run: the flow's, its slots', its trainer's; found by what Prefect puts into their environment."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 ROLES = {  # what the command line of each says
@@ -46,3 +48,14 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """The addresses that these processes accept connections on."""
+    import psutil
+
+    found = set()
+    for pid in pids:
+        connections: list[Any] = psutil.Process(pid).net_connections("inet")
+        found |= {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+    return found

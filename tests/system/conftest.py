@@ -53,6 +53,7 @@ def running(folder: Path, *options: str) -> Iterator[Service]:
     started = service.up(*options)
     try:
         assert started.returncode == 0, started.stdout + started.stderr
+        assert f"running in the background: http://127.0.0.1:{service.port} " in started.stdout
         yield service
     finally:
         ended = service.command("down")

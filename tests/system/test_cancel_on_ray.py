@@ -15,7 +15,7 @@ pytestmark = pytest.mark.system
 def test_a_cancelled_run_on_ray_is_gone_within_ten_seconds_and_finished_by_the_next(
     service: Service, pictures: Path, tmp_path: Path
 ) -> None:
-    config = latents_config(pictures, tmp_path, shard_size=8, engine="ray")
+    config = latents_config(pictures, tmp_path, resolution_px=448, shard_size=8, engine="ray")
     run = service.submit("cache-latents/cache-latents", parameters(config))
     wait_until(lambda: num_finished(tmp_path), timeout_s=120, what="the first finished shard")
     assert cancel(service, run) < 10  # until no process of it is left, Ray's own included

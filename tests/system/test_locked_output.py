@@ -30,6 +30,8 @@ def test_a_losing_run_says_who_holds_the_output_and_finishes_when_it_is_free(ser
         run = service.submit("merge-tags/merge-tags", {"config": config})
         waiting = service.wait_for(run, "AwaitingOutput")
         assert f"process {holder.pid} " in waiting.message and "run sleepy-otter 1" in waiting.message
+        other = service.submit("merge-tags/merge-tags", {"config": config | {"out": str(tmp_path / "other.json")}})
+        service.wait_for(other, "Completed")  # another output waits for nobody
         assert not (tmp_path / "m.json").exists()
         holder.send_signal(signal.SIGKILL)
     service.wait_for(run, "Completed")

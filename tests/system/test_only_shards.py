@@ -15,11 +15,26 @@ from sdxl_core.latents.quarantine import ENDING
 from sdxl_core.latents.rows import shard_file
 from sdxl_core.lock import output_lock
 
-pytestmark = pytest.mark.system
+selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[dev]'")
+from support.browser import browser, missing  # noqa: E402
+
+pytestmark = [pytest.mark.system, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
 
 def shards_of(service: Service, run: UUID) -> dict[str, str]:
     return {task.name: task.state_name for task in task_runs_of(service, run) if task.name.startswith("encode-shard")}
+
+
+def submitted_by_the_form(service: Service, link: str) -> UUID:
+    """Follow the link in Chromium and press Submit. Returns the run."""
+    with browser(f"http://127.0.0.1:{service.port}") as page:
+        page.open(link)
+        page.find(
+            "//span[contains(@class, 'schema-form-property__label') and normalize-space()='Only shards (Optional)']"
+        )
+        page.find("//button[@type='submit']").click()
+        address = page.find("//a[contains(@href, '/runs/flow-run/')]").get_attribute("href")
+    return UUID(str(address).rpartition("/")[2].partition("?")[0])
 
 
 def test_the_link_of_failed_latent_shards_works_on_them_alone(service: Service, pictures: Path, tmp_path: Path) -> None:
@@ -44,8 +59,9 @@ def test_the_link_of_failed_latent_shards_works_on_them_alone(service: Service, 
         path.rmdir()
     submitted = json.loads(unquote(unquote(link[2])))
     assert submitted == {"config": parameters(config)["config"] | {"only_shards": [1, 3]}}
-    with service.client() as client:  # what the form that the link opens submits
-        again = client.create_flow_run_from_deployment(UUID(link[1]), parameters=submitted).id
+    again = submitted_by_the_form(service, link[0].strip("()"))
+    with service.client() as client:
+        assert client.read_flow_run(again).parameters["config"]["only_shards"] == [1, 3]
     service.wait_for(again, "Completed")
     assert shards_of(service, again) == {"encode-shard-1": "Completed", "encode-shard-3": "Completed"}
     assert len(json.loads((tmp_path / "meta_lat.json").read_bytes())) == len(latents_of(tmp_path)) == 48

@@ -6,12 +6,16 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.service import Service, wait_until
+from support.run_processes import in_role, listening
+from support.service import ROOT, Service, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -23,6 +27,22 @@ def pictures(tmp_path: Path) -> Path:
         (tmp_path / "in" / f"{number}.png").write_bytes(b"never opened by merging")
         (tmp_path / "in" / f"{number}.txt").write_text(f"tag {number}")
     return tmp_path / "in"
+
+
+@contextmanager
+def started_here(service: Service, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`sdxl-flows up`, as in a terminal; what it says is in up.txt of the service's folder."""
+    command = [sys.executable, "-m", "sdxl_core.cli", "up", *options]
+    with (
+        open(service.folder / "up.txt", "wb") as said,
+        subprocess.Popen(
+            command, cwd=ROOT, env=service.environment, stdout=said, stderr=said, start_new_session=True
+        ) as supervisor,
+    ):
+        try:
+            yield supervisor
+        finally:
+            supervisor.terminate()
 
 
 def merge_through_the_server(service: Service, source: Path, out: Path) -> subprocess.CompletedProcess[str]:
@@ -37,6 +57,8 @@ def test_status_tells_what_runs_and_a_second_up_is_refused(service: Service) -> 
     assert status.returncode == 0 and "server answers" in status.stdout and "online" in status.stdout
     again = service.command("up", "--port", str(service.port))
     assert again.returncode == 2 and "it runs already" in again.stderr
+    assert listening(service.processes()) == {"127.0.0.1"}
+    assert (service.folder / "prefect" / "prefect.db").exists()
 
 
 def test_every_flow_is_deployed_and_a_misspelt_parameter_is_refused_at_submit(service: Service) -> None:
@@ -81,6 +103,17 @@ def test_exposing_the_server_without_a_password_is_refused(tmp_path: Path) -> No
     assert locked_out.returncode == 2 and "the worker would not be let in" in locked_out.stderr
 
 
+def test_server_and_worker_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    other = Service(tmp_path)
+    with started_here(other, "--port", str(other.port), "--tensorboard-port", "0") as supervisor:
+        wait_until(lambda: in_role("server", set(other.processes())), timeout_s=60, what="the server's process")
+        supervisor.kill()
+        wait_until(lambda: not other.processes(), timeout_s=30, what="end of everything")
+    status = other.command("status")
+    assert status.returncode == 1 and "not running" in status.stdout
+    assert [other.command("down").stdout.strip() for _ in range(2)] == ["nothing is running."] * 2
+
+
 def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> None:
     other = Service(tmp_path)
     password = {"PREFECT_SERVER_API_AUTH_STRING": "user:word", "PREFECT_API_AUTH_STRING": "user:word"}
@@ -98,21 +131,15 @@ def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> N
             with error:
                 return error.code
 
-    try:
-        started = other.command("up", "--detach", "--host", "0.0.0.0", "--port", str(other.port))
-        assert started.returncode == 0, started.stdout + started.stderr
+    ports = ("--port", str(other.port), "--tensorboard-port", "0")
+    with started_here(other, "--host", "0.0.0.0", *ports) as supervisor:
+        wait_until(lambda: "online" in other.command("status").stdout, timeout_s=180, what="the worker")
         assert (answer(""), answer("user:guess"), answer("user:word")) == (401, 401, 200)
-        assert "online" in other.command("status").stdout, "the worker has the password"
         unknown = {"PREFECT_API_AUTH_STRING": "user:guess"}
         asked = other.command("status", changed=unknown)
         assert asked.returncode == 2 and "asks for a password" in asked.stderr and "Traceback" not in asked.stderr
         with urllib.request.urlopen(f"http://127.0.0.1:{other.port}/ui-settings", timeout=30) as told:
             assert json.load(told)["api_url"] == "/api", "the page asks the host that it came from"
-        (supervisor,) = (pid for pid in other.processes() if b"\0up\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(supervisor, signal.SIGKILL)
-        wait_until(lambda: not other.processes(), timeout_s=30, what="end of server and worker with their supervisor")
-        status = other.command("status")
-        assert status.returncode == 1 and "not running" in status.stdout
-    finally:
-        ended = [other.command("down").stdout.strip() for _ in range(2)]
-    assert ended == ["nothing is running."] * 2
+        os.killpg(supervisor.pid, signal.SIGINT)  # Ctrl-C
+        assert supervisor.wait(timeout=60) == 0 and not other.processes()
+    assert "ended: server and worker are down" in (tmp_path / "up.txt").read_text()
