@@ -56,7 +56,7 @@ def notify_about_this_run(options: NotifyOptions) -> None:
         return
     with get_client(sync_client=True) as client:
         _remove_those_of_ended_runs(client)
-        blocks = [_block_id(client, name) for name in options.blocks]
+        blocks = [block_id(client, name) for name in options.blocks]
         resumed = RESUMED_TAG in runtime.flow_run.tags
         for occasion in options.on:
             install(client, automation(occasion, options, UUID(str(runtime.flow_run.id)), blocks, resumed=resumed))
@@ -116,7 +116,8 @@ def _remove_those_of_ended_runs(client: SyncPrefectClient) -> None:
             client.delete_automation(known.id)
 
 
-def _block_id(client: SyncPrefectClient, name: str) -> UUID:
+def block_id(client: SyncPrefectClient, name: str) -> UUID:
+    """The id of a notification block, TYPE/NAME. Raises: ConfigError: the server has no such block."""
     kind, _, document = name.partition("/")
     try:
         return client.read_block_document_by_name(document, kind).id

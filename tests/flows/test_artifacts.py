@@ -1,6 +1,7 @@
 """What is shown in the browser never costs the work it tells about."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -36,7 +37,7 @@ def test_progress_is_shown_at_most_once_in_ten_seconds_and_the_end_at_once(monke
     monkeypatch.setattr(artifacts, "create_progress_artifact", lambda **told: shown.append(told["progress"]) or uuid4())
     monkeypatch.setattr(artifacts, "update_progress_artifact", lambda _, **told: shown.append(told["progress"]))
     seconds = iter([0.0, 3, 6, 9.9, 10, 13, 20.5, 21])
-    monkeypatch.setattr(artifacts.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
 
     @flow
     def work() -> None:

@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from sdxl_core.config import NotifyOptions, Occasion
+from sdxl_core.errors import ConfigError
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_server"),
@@ -88,3 +89,22 @@ def test_a_run_without_progress_is_told_and_one_that_gets_on_is_not() -> None:
     assert times_told("stuck", [began, progress], later=timedelta(minutes=3)) == 1, "it stands still after that"
     assert times_told("stuck", [began, progress], later=timedelta(minutes=1)) == 0
     assert times_told("stuck", [began, "prefect.flow-run.Completed"], later=timedelta(minutes=3)) == 0
+
+
+def test_every_kind_of_block_can_be_named() -> None:
+    """Slack, e-mail and webhook, as the server keeps them; what it does not have is told by its name."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock, SendgridEmail, SlackWebhook
+    from prefect.client.orchestration import get_client
+
+    from flows.service.notifications import block_id
+
+    kept = [
+        SlackWebhook(url="https://hooks.slack.com/services/a/b/c").save("team", overwrite=True),
+        SendgridEmail(api_key="k", sender_email="a@b.invalid", to_emails=["c@d.invalid"]).save("me", overwrite=True),
+        CustomWebhookNotificationBlock(name="hook", url="http://127.0.0.1:1").save("hook", overwrite=True),
+    ]
+    names = ("slack-webhook/team", "sendgrid-email/me", "custom-webhook/hook")
+    with get_client(sync_client=True) as client:
+        assert [block_id(client, name) for name in NotifyOptions(blocks=names).blocks] == kept
+        with pytest.raises(ConfigError, match=r"notify\.blocks = slack-webhook/none: the server has no such block"):
+            block_id(client, "slack-webhook/none")
