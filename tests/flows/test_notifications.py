@@ -91,6 +91,7 @@ def test_a_run_without_progress_is_told_and_one_that_gets_on_is_not() -> None:
     assert times_told("stuck", [began, "prefect.flow-run.Completed"], later=timedelta(minutes=3)) == 0
 
 
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated")  # what Prefect's SendgridEmail imports
 def test_every_kind_of_block_can_be_named() -> None:
     """Slack, e-mail and webhook, as the server keeps them; what it does not have is told by its name."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock, SendgridEmail, SlackWebhook
