@@ -10,7 +10,6 @@ import hashlib
 import json
 import mmap
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -38,7 +37,7 @@ MIN_HASHED_ASIDE = 1 << 16  # handing less to the other thread costs more than h
 _ENTRY = re.compile(rb'(?m:^)  "')  # where an entry begins, in the layout of json.dumps(indent=2)
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, gc=False):
     """Any JSON object; what is in it is looked through and let go."""
 
 
@@ -79,14 +78,15 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
             checked.append(source)
             progress(STAGE, len(checked), len(config.sources))
             yield source
+        if doubled := _doubled(checked):
+            raise _KeyComesAgain(doubled)
 
     results = forked.map_forked(_check, config.sources, count=count, caller_works=False)
     with closing(results):
-        try:  # written while the next are checked, as long as no key comes again
-            joiner = _write(config.out, _unless_doubled(checks()), _Joiner(set()))
-        except _KeyComesAgain:
-            deque(checks(), maxlen=0)
-            joiner = _write(config.out, checked, _Joiner(_doubled(checked)))
+        try:  # written while the next are checked
+            joiner = _write(config.out, checks(), _Joiner(set()))
+        except _KeyComesAgain as again:
+            joiner = _write(config.out, checked, _Joiner(again.hashes))
     num_seen = sum(source.num_entries for source in checked)
     rejected = config.out.parent / "rejected.jsonl"
     update_rejected(rejected, STAGE, joiner.rejected)
@@ -104,7 +104,7 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
 
 
 def _write(out: Path, sources: Iterable[_Checked], joiner: _Joiner) -> _Joiner:
-    """Raises: DataError: there is no entry in any source."""
+    """Raises: DataError: there is no entry in any source.   What `sources` raises; then nothing is written."""
     with atomic_writer(out) as file, ThreadPoolExecutor(2) as others:
         for piece in joiner.pieces(_each_then_to_disk(sources, file, others)):
             if len(piece) < MIN_HASHED_ASIDE:
@@ -126,21 +126,15 @@ def _each_then_to_disk(sources: Iterable[_Checked], file: BinaryIO, others: Thre
 
 
 class _KeyComesAgain(Exception):
-    """A key whose hash was there before: entries can no longer be copied without looking at them."""
+    """Keys whose hashes occur more than once: entries can no longer be copied without looking at them."""
 
-
-def _unless_doubled(sources: Iterable[_Checked]) -> Iterator[_Checked]:
-    """The sources, as long as their keys are new. Raises: _KeyComesAgain."""
-    seen = np.zeros(0, np.int64)  # in order; 8 bytes an entry
-    for source in sources:
-        seen = np.sort(np.concatenate([seen, np.frombuffer(source.hashes, np.int64)]), kind="stable")
-        if (seen[1:] == seen[:-1]).any():
-            raise _KeyComesAgain
-        yield source
+    def __init__(self, hashes: set[int]) -> None:
+        self.hashes = hashes
 
 
 def _doubled(sources: Sequence[_Checked]) -> set[int]:
-    hashes = np.sort(np.concatenate([np.frombuffer(source.hashes, np.int64) for source in sources]))
+    hashes = np.concatenate([np.frombuffer(source.hashes, np.int64) for source in sources])
+    hashes.sort(kind="stable")  # of parts in order
     return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
 
@@ -174,7 +168,7 @@ class _Joiner:
                     yield json.dumps({key: value}, indent=2).encode()[2:-2]
             return
         doubled = np.fromiter(self._doubled, np.int64)
-        has_doubled = np.isin(np.frombuffer(source.hashes, np.int64), doubled).any()
+        has_doubled = len(doubled) > 0 and np.isin(np.frombuffer(source.hashes, np.int64), doubled).any()
         with _mapped(source.path) as data:
             for start, end in _blocks(data):
                 block = memoryview(data)[start:end]
@@ -203,24 +197,47 @@ class _Joiner:
 def _check(path: Path) -> _Checked:
     """Read every byte of a file: is it metadata, and which keys has it?"""
     pieces: list[np.ndarray[Any, Any]] = []
+    scratch = _Scratch()
     with _mapped(path) as data, memoryview(data) as view:
         for start, end in _blocks(data):
             with view[start:end] as block:
-                keys = _keys(path, block)
-                if len(keys) != _num_starts(block) + 1:  # a key that occurs twice, or it only looked like that layout
-                    pieces.clear()
-                    break
+                scratch.fill(block)
+            keys = _keys(path, scratch.text)
+            if len(keys) != scratch.num_starts() + 1:  # a key that occurs twice, or it only looked like that layout
+                pieces.clear()
+                break
             pieces.append(_hashes(keys))
     hashes = np.concatenate(pieces) if pieces else _hashes(list(_whole(path)))
     hashes.sort()
     return _Checked(path, hashes.tobytes(), laid_out=bool(pieces))
 
 
-def _num_starts(block: memoryview) -> int:
-    """How often a line break, two spaces and a quote follow each other."""
-    data = np.frombuffer(block, np.uint8)
-    found = (data[:-3] == 10) & (data[1:-2] == 32) & (data[2:-1] == 32) & (data[3:] == 34)
-    return int(np.count_nonzero(found))
+class _Scratch:
+    """Where one block after the other is looked at: memory asked of the system for each costs as much as looking."""
+
+    def __init__(self) -> None:
+        self._grow(2 * BLOCK_BYTES)
+
+    def _grow(self, num_bytes: int) -> None:
+        self._data = np.empty(num_bytes, np.uint8)
+        self._found, self._next = np.empty((2, num_bytes), bool)
+        self.text = self._data[:0].data
+
+    def fill(self, block: memoryview) -> None:
+        """Take a block; `text` is it between braces."""
+        if len(self._data) < len(block) + 2:
+            self._grow(2 * len(block))
+        self.text = self._data[: len(block) + 2].data
+        self.text[0], self.text[1:-1], self.text[-1] = ord("{"), block, ord("}")
+
+    def num_starts(self) -> int:
+        """How often a line break, two spaces and a quote follow each other."""
+        num_places = len(self.text) - 3
+        found, following = self._found[:num_places], self._next[:num_places]
+        np.equal(self._data[:num_places], ord("\n"), out=found)
+        for place, character in enumerate(b'  "', 1):
+            found &= np.equal(self._data[place : place + num_places], character, out=following)
+        return int(np.count_nonzero(found))
 
 
 def _hashes(keys: list[str]) -> np.ndarray[Any, Any]:
@@ -228,9 +245,9 @@ def _hashes(keys: list[str]) -> np.ndarray[Any, Any]:
     return np.fromiter(map(hash, keys), np.int64, len(keys))
 
 
-def _keys(path: Path, block: bytes | memoryview) -> list[str]:
+def _keys(path: Path, text: memoryview) -> list[str]:
     try:
-        return list(_decoder.decode(b"{%s}" % block))
+        return list(_decoder.decode(text))
     except msgspec.ValidationError as error:
         raise DataError(
             f"{path}: not a metadata file, which is one object: picture key -> object ({error})."
