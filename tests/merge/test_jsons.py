@@ -1,6 +1,12 @@
 """Metadata JSONs joined into one: as if they had been one dictionary, unknown fields and all."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +88,28 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file"):
         merge_jsons(MergeJsonConfig(sources=(tmp_path / "x.json",), out=tmp_path / "out.json"))
+
+
+def test_a_join_killed_anywhere_leaves_no_half_file(tmp_path: Path) -> None:
+    expected: dict[str, Any] = {}
+    for number in range(4):
+        content = {f"{number}/{n}": {"tags": "tag, " * 60} for n in range(12_000)}
+        (tmp_path / f"{number}.json").write_text(json.dumps(content, indent=2))
+        expected |= content
+    config = MergeJsonConfig(sources=tuple(sorted(tmp_path.glob("?.json"))), out=tmp_path / "out" / "all.json")
+    code = (
+        "import sys; from sdxl_core.config import MergeJsonConfig; from sdxl_core.merge.jsons import merge_jsons\n"
+        "print('go', flush=True); merge_jsons(MergeJsonConfig.model_validate_json(sys.argv[1]))"
+    )
+    argv = [sys.executable, "-c", code, config.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    whole, rng = json.dumps(expected, indent=2), random.Random(2)
+    for _ in range(4):
+        with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, start_new_session=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"go\n"
+            time.sleep(rng.uniform(0, 0.08))
+            os.killpg(process.pid, signal.SIGKILL)
+        assert not config.out.exists() or config.out.read_text() == whole
+    merge_jsons(config)
+    assert config.out.read_text() == whole
+    assert {path.name for path in config.out.parent.iterdir()} == {"all.json", "rejected.jsonl"}

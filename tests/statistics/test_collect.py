@@ -153,6 +153,7 @@ def test_the_page_needs_nothing_beside_it_and_shows_odd_tags_as_text(tmp_path: P
     found = collect_statistics(catalog_of(tmp_path, [rows]), query="<b>")
     page = write_page(found, tmp_path / "statistics.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>" not in page
+    assert "<svg" in page and "<table" in page
     assert "src=" not in page and "href=" not in page and "url(" not in page
     written = (tmp_path / "statistics.html").stat().st_ino
     write_page(found, tmp_path / "statistics.html")
