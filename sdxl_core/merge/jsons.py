@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 import numpy as np
@@ -249,10 +249,8 @@ def _keys(path: Path, text: memoryview) -> list[str]:
     try:
         return list(_decoder.decode(text))
     except msgspec.ValidationError as error:
-        raise DataError(
-            f"{path}: not a metadata file, which is one object: picture key -> object ({error})."
-        ) from error
-    except msgspec.DecodeError as error:
+        raise _not_metadata(path, error) from error
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _not_json(path, error) from error
 
 
@@ -296,15 +294,22 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
     except IsADirectoryError as error:
         raise ConfigError(f"source = {path}: this is a folder; name the metadata JSON in it.") from error
     except ValueError as error:
-        raise DataError(f"{path}: the file is empty ({error}). Make it again, or leave it out.") from error
+        raise DataError(f"{path}: the file is empty. Make it again, or leave it out.") from error
 
 
 def _whole(path: Path) -> dict[str, Any]:
     """A metadata JSON of any layout, read at once."""
     try:
-        data = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise _not_json(path, error) from error
-    if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
-        raise _not_metadata(path, "it holds something else")
+    if not isinstance(data, dict):
+        raise _not_metadata(path, f"it holds a {type(data).__name__}")
+    for key, entry in data.items():
+        if not isinstance(entry, dict):
+            raise _not_metadata(path, f"the entry of {key!r} is a {type(entry).__name__}")
     return data
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -67,7 +67,19 @@ def test_what_was_left_out_is_told_with_its_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"a": 1}', b'{\n  "a": 1\n}', b'{\n  "a": {"tags": "x"\n}', b"\xff\xfe"]
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"a": 1}',
+        b'{\n  "a": 1\n}',
+        b'{\n  "a": {"tags": "x"\n}',
+        b"\xff\xfe",
+        b'{"a": {"score": NaN}}',
+        b'{\n  "a": {"score": NaN}\n}',
+        b'{"a": %s1%s}' % (b'{"b": ' * 3_000, b"}" * 3_000),
+        b'{\n  "a": %s1%s\n}' % (b'{"b": ' * 3_000, b"}" * 3_000),
+    ],
 )
 def test_what_is_no_metadata_is_told_and_nothing_is_written(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"k": {"tags": "x"}}, indent=2))

@@ -64,7 +64,7 @@ def _take_last(rows: Rows, entry: bytes, path: Path) -> None:
     try:
         parsed(b"{" + entry.removesuffix(b"}") + b"}")
     except (BadRow, UnreadableText):
-        detail = f"{path} has no closing brace: it was cut, or damaged at its end; entries may be missing"
+        detail = f"{path} was cut, or its last entry is not valid JSON; entries may be missing"
         rows.refuse(path.name, "damaged_json", detail)
         _take(rows, entry, path)
     else:
