@@ -1,5 +1,6 @@
 """A manifest says where every picked picture is, and is written whole or not at all."""
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from support.rows import catalog_of
 
 from sdxl_core.catalog.images import ImageReader
 from sdxl_core.catalog.records import Catalog
+from sdxl_core.config import JobConfig
 from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.merge.plan import merge_tags
 from sdxl_core.refs import SubsetRef
 from sdxl_core.rejected import read_rejected
 from sdxl_core.subset.manifest import Manifest
 from sdxl_core.subset.picks import BATCH
 from sdxl_core.subset.run import subset_records
+from sdxl_core.subset.stage import subset
 
 
 @pytest.fixture
@@ -128,3 +132,20 @@ def test_a_catalog_of_metadata_alone_is_listed_not_placed(tmp_path: Path) -> Non
         Manifest.open(manifest).place(0)
     with pytest.raises(ConfigError, match="how = copy: no source"):
         subset(config.model_copy(update={"how": "copy", "out": tmp_path / "files"}))
+
+
+def test_in_a_job_nothing_is_copied(tmp_path: Path) -> None:
+    for name, tags in (("a", "red"), ("b", "blue")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.png").write_bytes(b"picture")
+        (tmp_path / "in" / f"{name}.txt").write_text(tags)
+    job = JobConfig.model_validate(
+        {"out": tmp_path / "out", "source": {"path": tmp_path / "in"}, "subset": {"query": "red"}}
+    )
+    picked = subset(job.subset_config())
+    assert picked.how == "manifest" and picked.num_kept == 1
+    merged = merge_tags(job.merge_config(picked))
+    assert list(json.loads(merged.path.read_bytes())) == ["a"]
+    config = job.latents_config(picked)
+    (row,) = Manifest.open(config.manifest or tmp_path).chunks(["image", "root"])
+    assert [tmp_path / "in" / row["image"][0].as_py()] == [path for path in tmp_path.rglob("*.png") if "a" in path.stem]
