@@ -10,9 +10,10 @@ import hashlib
 import json
 import mmap
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
@@ -33,7 +34,8 @@ from sdxl_core.rejected import Rejected, update_rejected
 
 STAGE = "merge-json"
 BLOCK_BYTES = 1 << 19  # fits a core's own cache: blocks of 4 MiB take 1.6 times the cpu time
-MIN_HASHED_ASIDE = 1 << 16  # handing less to the other thread costs more than hashing it
+MIN_HASHED_BYTES = 1 << 16  # handing less to the other thread costs more than hashing it
+HASHED_BEHIND = 16  # as many blocks may be written and not hashed yet
 _ENTRY = re.compile(rb'(?m:^)  "')  # where an entry begins, in the layout of json.dumps(indent=2)
 
 
@@ -105,24 +107,28 @@ def merge_jsons(config: MergeJsonConfig, *, progress: Progress = no_progress) ->
 
 def _write(out: Path, sources: Iterable[_Checked], joiner: _Joiner) -> _Joiner:
     """Raises: DataError: there is no entry in any source.   What `sources` raises; then nothing is written."""
-    with atomic_writer(out) as file, ThreadPoolExecutor(2) as others:
-        for piece in joiner.pieces(_each_then_to_disk(sources, file, others)):
-            if len(piece) < MIN_HASHED_ASIDE:
-                joiner.digest.update(piece)
-                file.write(piece)
-                continue
-            hashed = others.submit(joiner.digest.update, piece)  # hashing and writing take about as long
+    some: list[bytes | memoryview] = []
+    num_bytes, hashed = 0, deque[Future[None]]()
+    with atomic_writer(out) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
+        for piece in joiner.pieces(_each_then_to_disk(sources, file, syncing)):
+            some.append(piece)
+            num_bytes += len(piece)
             file.write(piece)
-            hashed.result()
+            if num_bytes >= MIN_HASHED_BYTES:
+                hashed.append(hashing.submit(joiner.hash, some))
+                some, num_bytes = [], 0
+                if len(hashed) > HASHED_BEHIND:
+                    hashed.popleft().result()
         if joiner.is_empty:
             raise DataError(f"{joiner.first}: there is no picture in it, nor in the others.")
+        hashing.submit(joiner.hash, some)
     return joiner
 
 
-def _each_then_to_disk(sources: Iterable[_Checked], file: BinaryIO, others: ThreadPoolExecutor) -> Iterator[_Checked]:
+def _each_then_to_disk(sources: Iterable[_Checked], file: BinaryIO, syncing: ThreadPoolExecutor) -> Iterator[_Checked]:
     for source in sources:
         yield source
-        others.submit(start_writing, file)
+        syncing.submit(start_writing, file)
 
 
 class _KeyComesAgain(Exception):
@@ -149,6 +155,10 @@ class _Joiner:
         self.first: Path | None = None
         self.is_empty = True
 
+    def hash(self, pieces: Iterable[bytes | memoryview]) -> None:
+        for piece in pieces:
+            self.digest.update(piece)
+
     def pieces(self, sources: Iterable[_Checked]) -> Iterator[bytes | memoryview]:
         yield b"{\n"
         between = b""
@@ -169,13 +179,13 @@ class _Joiner:
             return
         doubled = np.fromiter(self._doubled, np.int64)
         has_doubled = len(doubled) > 0 and np.isin(np.frombuffer(source.hashes, np.int64), doubled).any()
-        with _mapped(source.path) as data:
-            for start, end in _blocks(data):
-                block = memoryview(data)[start:end]
-                kept = block if not has_doubled else self._without_doubled(bytes(block), source.path)
-                if kept:
+        data = _mapped(source.path)
+        for start, end in _blocks(data):
+            if has_doubled:
+                if kept := self._without_doubled(data[start:end], source.path):
                     yield kept
-                block.release()
+            else:
+                yield memoryview(data)[start:end]
 
     def _without_doubled(self, block: bytes, path: Path) -> bytes:
         starts = [match.start() for match in _ENTRY.finditer(block)]
@@ -198,15 +208,14 @@ def _check(path: Path) -> _Checked:
     """Read every byte of a file: is it metadata, and which keys has it?"""
     pieces: list[np.ndarray[Any, Any]] = []
     scratch = _Scratch()
-    with _mapped(path) as data, memoryview(data) as view:
-        for start, end in _blocks(data):
-            with view[start:end] as block:
-                scratch.fill(block)
-            keys = _keys(path, scratch.text)
-            if len(keys) != scratch.num_starts() + 1:  # a key that occurs twice, or it only looked like that layout
-                pieces.clear()
-                break
-            pieces.append(_hashes(keys))
+    data = _mapped(path)
+    for start, end in _blocks(data):
+        scratch.fill(memoryview(data)[start:end])
+        keys = _keys(path, scratch.text)
+        if len(keys) != scratch.num_starts() + 1:  # a key that occurs twice, or it only looked like that layout
+            pieces.clear()
+            break
+        pieces.append(_hashes(keys))
     hashes = np.concatenate(pieces) if pieces else _hashes(list(_whole(path)))
     hashes.sort()
     return _Checked(path, hashes.tobytes(), laid_out=bool(pieces))
@@ -284,15 +293,19 @@ def _blocks(data: mmap.mmap) -> Iterator[tuple[int, int]]:
         start = stop + 2
 
 
-@contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
+def _mapped(path: Path) -> mmap.mmap:
+    """The bytes of a file, mapped as long as anything looks at them. Raises: ConfigError, DataError."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise ConfigError(f"source = {path}: there is no such file.") from error
     except IsADirectoryError as error:
         raise ConfigError(f"source = {path}: this is a folder; name the metadata JSON in it.") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Change its permissions, or leave it out."
+        ) from error
     except ValueError as error:
         raise DataError(f"{path}: the file is empty. Make it again, or leave it out.") from error
 
