@@ -266,6 +266,21 @@ def test_rows_that_cannot_be_used_are_told(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_column_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2]), pa.array(["a"])], names=["id", "id", "tag_string"])
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: it has more than one column id.*each column once"):
+        build(tmp_path / "c", CatalogSource(path=tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize(("ids", "why"), [([1.0, 2.5], "no whole number"), ([1, 2**63], "no whole number")])
+def test_a_number_that_is_no_id_is_told_as_such(tmp_path: Path, ids: list[Any], why: str) -> None:
+    kind = pa.uint64() if isinstance(ids[0], int) else pa.float64()
+    ref = build(tmp_path / "c", write(tmp_path / "d.parquet", {"id": pa.array(ids, kind), "tag_string": ["a", "b"]}))
+    (row,) = read_rejected(ref.rejected)
+    assert (row.key, row.reason) == ("d.parquet row 1", "bad_key") and why in row.detail and str(ids[1]) in row.detail
+
+
 def test_an_id_in_two_files_is_told_and_pictures_join_by_key(tmp_path: Path) -> None:
     (tmp_path / "meta" / "deep").mkdir(parents=True)
     write(tmp_path / "meta" / "a.parquet", {"id": [1, 2], "tag_string": ["first", "b"]})

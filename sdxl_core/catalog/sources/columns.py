@@ -45,8 +45,14 @@ class Columns:
 def find_columns(schema: pa.Schema, source: CatalogSource, path: Path) -> Columns:
     """Find what `source.use` asks for in a dump.
 
-    Raises: DataError: no column of the id, a column that was asked for is not there, or nothing of use at all.
+    Raises: DataError: no column of the id, a column that was asked for is not there or there twice, or nothing of use.
     """
+    doubled = [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]
+    if doubled:
+        raise DataError(
+            f"{path}: it has more than one column {', '.join(doubled)}, so it is unknown which one counts. Write it "
+            f"again with each column once."
+        )
     facts = {name: _first(schema, FACT_NAMES[name]) for name in FACT_NAMES if _is_used(source, name)}
     found = Columns(
         id=_id_column(schema, source, path),

@@ -140,10 +140,8 @@ def _checked(result: tuple[pa.Array, Problems], problems: Problems) -> pa.Array:
 
 def _keys(ids: pa.Array, source: CatalogSource) -> tuple[pa.Array, Problems]:
     """The key of every row, "" where it has none."""
-    if pa.types.is_floating(ids.type) or pa.types.is_integer(ids.type):
-        names = integers(ids, pa.int64()).cast(pa.string())
-    else:
-        names = as_text(ids)[0].cast(pa.string())
+    is_number = pa.types.is_floating(ids.type) or pa.types.is_integer(ids.type)
+    names = (integers(ids, pa.int64()) if is_number else as_text(ids)[0]).cast(pa.string())
     plain = pc.fill_null(pc.match_substring_regex(names, _PLAIN_KEY), False)
     if pc.all(plain).as_py():
         return names, {}
@@ -151,7 +149,9 @@ def _keys(ids: pa.Array, source: CatalogSource) -> tuple[pa.Array, Problems]:
     keys = names.to_pylist()
     for row in np.flatnonzero(~np.asarray(plain)).tolist():
         try:
-            keys[row] = picture_key("" if keys[row] is None else keys[row], source.root_map)
+            if keys[row] is None and ids[row].is_valid:
+                raise BadKey("it is no whole number below 2**63" if is_number else "it cannot be read as text")
+            keys[row] = picture_key(keys[row] or "", source.root_map)
         except BadKey as error:
             problems[row] = ("bad_key", f"its id is {str(ids[row].as_py())[:200]!r}: {error}")
             keys[row] = ""
