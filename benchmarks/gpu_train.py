@@ -1,7 +1,10 @@
 """Training speed and memory on one card: our trainer's steps beside a plain loop as sd-scripts does it, in one run.
 
-    python -m benchmarks.gpu_train [--out benchmarks/gpu_train.md] [--folder DIR]      (needs no Prefect)
-    python -m benchmarks.gpu_train --preset tiny --device cpu --resolution-px 64 --steps 2 --quick --out /tmp/try.md
+    python benchmarks/gpu_train.py [--out benchmarks/gpu_train.md] [--folder DIR]
+    python benchmarks/gpu_train.py --preset tiny --device cpu --resolution-px 64 --steps 2 --quick --out /tmp/try.md
+
+Needs no Prefect and no installed sdxl_core: numpy, torch, transformers, accelerate, safetensors, pyarrow, tensorboard;
+and bitsandbytes, diffusers, instant-clip-tokenizer, isal, orjson, pydantic (wheels of constraints.txt will do).
 
 Random weights of full size, latents of 1024 x 1024 px. Every case is a process of its own: peak memory is its own, and
 one that does not fit is a row that says so. FLOPs are counted by torch (forward once, backward twice that, once more
@@ -22,9 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
-
-from benchmarks.full_size import make_base
 
 CARD_GIB = 24
 TEXTS = {"learning_rate_te1": 1e-6, "learning_rate_te2": 1e-6}
@@ -45,6 +45,8 @@ def main() -> None:
     if options.case is not None:
         print(json.dumps(run_case(json.loads(options.case), options)))
         return
+    from benchmarks.full_size import make_base
+
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         options.folder = Path(folder)
         make_base(options.folder / "base.safetensors", options.preset)
@@ -85,7 +87,7 @@ def cases(*, quick: bool) -> list[dict[str, Any]]:
 def in_a_process(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Run a case; what went wrong becomes its row."""
     command = [
-        sys.executable, "-m", "benchmarks.gpu_train", "--case", json.dumps(case), "--preset", options.preset,
+        sys.executable, __file__, "--case", json.dumps(case), "--preset", options.preset,
         "--device", options.device, "--resolution-px", str(options.resolution_px), "--steps", str(options.steps),
         "--folder", str(options.folder),
     ]  # fmt: skip
@@ -240,7 +242,7 @@ def write_latents(folder: Path, resolution_px: int) -> None:
             crop_ltrb=np.array([0.0, 0.0, resolution_px, resolution_px]),
         )
         entries[f"{number:03d}"] = {"tags": "a boat, the sea", "train_resolution": [resolution_px, resolution_px]}
-    (folder / "meta_lat.json").write_bytes(orjson.dumps(entries))
+    (folder / "meta_lat.json").write_text(json.dumps(entries))
 
 
 def write_result(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -252,7 +254,7 @@ def write_result(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Non
     lines = [
         "# Training on one card",
         "",
-        f"`python -m benchmarks.gpu_train` ({time.strftime('%Y-%m-%d')}): preset {options.preset}, "
+        f"`python benchmarks/gpu_train.py` ({time.strftime('%Y-%m-%d')}): preset {options.preset}, "
         f"{options.resolution_px} px, medians of {options.steps} steps. {card}, torch {torch.__version__}, "
         f"bitsandbytes {bitsandbytes.__version__}.",
         "",
@@ -277,4 +279,5 @@ def write_result(options: argparse.Namespace, rows: list[dict[str, Any]]) -> Non
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # wherever it is started
     main()
