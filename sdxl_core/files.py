@@ -54,10 +54,10 @@ def _raise_disk_error(path: Path, error: OSError) -> None:
 
 def partial_path(path: Path) -> str:
     """Where this thread writes a file before it takes its name `path`."""
-    folder, name = os.path.split(path)
+    folder, separator, name = str(path).rpartition(os.sep)
     if len(name) > MAX_NAME_BYTES // 4 and len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = digest_of(name)
-    return os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}.partial")
+    return f"{folder}{separator}.{name}.{os.getpid()}-{threading.get_ident()}.partial"
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from sdxl_core.catalog.images import ImagePlace, ImageReader
 from sdxl_core.config import CacheLatentsConfig
@@ -26,7 +26,7 @@ from sdxl_core.refs import LatentSetRef
 
 MiddleDecoder = Callable[[NDArray[np.float32]], Image.Image]
 BAR_WIDTH = 40
-CELL_PX, GAP_PX, LABEL_PX, COLUMNS = 176, 8, 10, 2
+SHEET_PX, CELL_PX, GAP_PX, LABEL_PX, HEADING_PX, CHARACTER_PX = 820, 120, 8, 18, 34, 7
 MIDDLE = 32  # latents a side that are decoded: 256 px, quick on a CPU too
 # Four channels to red, green, blue: a fixed linear map, so that equal latents look equal on every sheet.
 FALSE_COLOUR = np.array([[0.6, 0.0, 0.2], [0.0, 0.6, 0.2], [0.0, 0.2, 0.6], [0.3, -0.3, 0.0]], dtype=np.float32)
@@ -43,22 +43,47 @@ def bucket_histogram_text(ref: LatentSetRef) -> str:
 
 
 def contact_sheet(config: CacheLatentsConfig, *, num_pictures: int) -> bytes:
-    """A PNG: pictures of every bucket in turn, each beside its latents in false colour; where the VAE is a trained one,
+    """A PNG: bucket by bucket some pictures, each beside its latents in false colour; where the VAE is a trained one,
     also beside what it makes of the middle of the latents."""
     store = LatentStore(config.out / "latents")
     shown = _spread(config, num_pictures)
     decode_middle = None if config.vae == "tiny" or not shown else middle_decoder(config.vae)
-    cells = [cell for picture in shown if (cell := _cell(config, store, picture, decode_middle)) is not None]
-    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
-    heights = [max(cell.height for cell in row) for row in rows]
-    width = max((cell.width for cell in cells), default=CELL_PX)
-    sheet = Image.new("RGB", (COLUMNS * width, max(1, sum(heights))), "#ffffff")
-    for number, row in enumerate(rows):
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (column * width, sum(heights[:number])))
+    by_bucket: dict[tuple[int, int], list[Image.Image]] = {}
+    for picture in shown:
+        cell = _cell(config, store, picture, decode_middle)
+        if cell is not None:
+            by_bucket.setdefault(picture.bucket, []).append(cell)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    _sheet(by_bucket).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _sheet(by_bucket: Mapping[tuple[int, int], Sequence[Image.Image]]) -> Image.Image:
+    """The cells of each bucket below its name, bucket after bucket."""
+    blocks = []
+    for (width_px, height_px), cells in sorted(by_bucket.items()):
+        block = _flowed(cells, top=HEADING_PX)
+        draw, below = ImageDraw.Draw(block), HEADING_PX - 3
+        draw.line((GAP_PX, below, block.width - 2 * GAP_PX, below), fill="#d5dde3")
+        draw.text((GAP_PX, 8), f"{width_px} x {height_px}", fill="#22303a", font=ImageFont.load_default(15))
+        blocks.append(block)
+    return _flowed(blocks)
+
+
+def _flowed(images: Sequence[Image.Image], *, top: int = 0) -> Image.Image:
+    """Images from left to right, in as many rows as it takes. Args: top: pixels that are left free above."""
+    placed: list[tuple[Image.Image, int, int]] = []
+    left = right = below = 0
+    for image in images:
+        if left and left + image.width > SHEET_PX:
+            top, left, below = top + below, 0, 0
+        placed.append((image, left, top))
+        left, below = left + image.width, max(below, image.height)
+        right = max(right, left)
+    sheet = Image.new("RGB", (max(right, CELL_PX), max(top + below, 1)), "#ffffff")
+    for image, left, above in placed:
+        sheet.paste(image, (left, above))
+    return sheet
 
 
 def channel_statistics(latents: Path, *, num_pictures: int = 256) -> list[tuple[float, float]]:
@@ -78,15 +103,16 @@ def channel_statistics(latents: Path, *, num_pictures: int = 256) -> list[tuple[
 
 
 def speed_over_time(latents: Path, *, num_points: int = 60) -> list[tuple[float, float]]:
-    """(hours since the first commit, pictures a second around then), of all devices together."""
-    commits = sorted(commit for summary in _summaries(latents) for commit in summary.commits)
-    if len(commits) < 2 or commits[-1][0] <= commits[0][0]:
+    """(seconds since the first commit, pictures a second around then), of all devices together."""
+    commits = [commit for summary in _summaries(latents) for commit in summary.commits]
+    if not commits:
         return []
-    times, counts = np.array(commits).T
-    edges = np.linspace(times[0], times[-1], min(num_points, len(commits)) + 1)
-    sums, _ = np.histogram(times[1:], edges, weights=counts[1:])  # the first commit's pictures came before it
-    middles = (edges[1:] + edges[:-1]) / 2 - times[0]
-    return list(zip((middles / 3600).tolist(), (sums / np.diff(edges)).tolist(), strict=True))
+    times, which = np.unique([time for time, _ in commits], return_inverse=True)
+    done = np.cumsum(np.bincount(which, weights=[count for _, count in commits]))
+    edges = np.unique(np.linspace(0, len(times) - 1, min(num_points + 1, len(times))).astype(np.int64))
+    times, done = times[edges], done[edges]  # from commit to commit: the first one's pictures came before it
+    middles = (times[1:] + times[:-1]) / 2 - times[0]
+    return list(zip(middles.tolist(), (np.diff(done) / np.diff(times)).tolist(), strict=True))
 
 
 def shard_limits(latents: Path) -> tuple[Counter[str], Counter[str]]:
@@ -185,22 +211,25 @@ def _cell(
         picture = Image.fromarray(decode(data, compat=config.compat, background=config.background))
     except (SdxlFlowsError, BadPicture):
         return None
-    picture.thumbnail((CELL_PX, CELL_PX))
-    scaled = [_fit(image) for image in (picture, false_colour(latents))]
+    scaled = [_fit(picture, Image.Resampling.LANCZOS), _fit(false_colour(latents))]
     if decode_middle is not None:
         scaled.append(_fit(decode_middle(latents)))
+    width = max(CELL_PX, sum(image.width for image in scaled) + GAP_PX * len(scaled))
     height = max(image.height for image in scaled)
-    cell = Image.new("RGB", (GAP_PX + len(scaled) * (CELL_PX + GAP_PX), height + 3 * GAP_PX + LABEL_PX), "#ffffff")
-    for column, image in enumerate(scaled):
-        cell.paste(image, (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX))
-    name = shown.key if len(shown.key) <= 40 else "..." + shown.key[-37:]
-    label = f"{name}  {shown.bucket[0]}x{shown.bucket[1]}"
-    ImageDraw.Draw(cell).text((GAP_PX, height + GAP_PX + 4), label.encode("ascii", "replace").decode(), fill="#33404a")
+    cell = Image.new("RGB", (width + 2 * GAP_PX, height + 2 * GAP_PX + LABEL_PX), "#ffffff")
+    left = GAP_PX
+    for image in scaled:
+        cell.paste(image, (left, GAP_PX))
+        left += image.width + GAP_PX // 2
+    most = width // CHARACTER_PX
+    name = shown.key if len(shown.key) <= most else "..." + shown.key[3 - most :]
+    label, font = name.encode("ascii", "replace").decode(), ImageFont.load_default(11)
+    ImageDraw.Draw(cell).text((GAP_PX, height + GAP_PX + 2), label, fill="#5a6872", font=font)
     return cell
 
 
-def _fit(image: Image.Image) -> Image.Image:
-    """Scaled so that its longer side fills a cell, without smoothing."""
+def _fit(image: Image.Image, how: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
+    """Scaled so that its longer side is CELL_PX."""
     scale = CELL_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST)
+    return image.resize(size, how)

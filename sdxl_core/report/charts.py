@@ -8,6 +8,7 @@ from html import escape
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40
+Spread = tuple[float, float]  # mean, deviation
 COLOURS = ("#30638e", "#c8553d", "#edae49", "#7b5ea7")
 
 
@@ -77,6 +78,41 @@ def bar_chart(bars: Mapping[str, int], *, label_px: int = 112, total: int = 0) -
             f'<rect x="{label_px + 8}" y="{y + 2}" width="{width:.1f}" height="{row - 6}" fill="{COLOURS[0]}" rx="2"/>'
         )
         parts.append(f'<text x="{label_px + 14 + width:.1f}" y="{y + 14}">{count:,}{share}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def range_chart(ranges: Mapping[str, tuple[Spread, Spread]], *, names: tuple[str, str]) -> str:
+    """Two bars a row, from mean - deviation to mean + deviation, with a mark at the mean. Returns an <svg>.
+
+    Args:   ranges: by row, one for each of the two `names`.
+    """
+    row, left, bottom = 40, 112, 30
+    ends = [mean + sign * deviation for pair in ranges.values() for mean, deviation in pair for sign in (-1, 1)]
+    ticks = nice_ticks(min(ends), max(ends), count=8)
+    height = TOP + row * len(ranges) + bottom
+
+    def place(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - left - RIGHT)
+
+    parts = [_frame("means and deviations", height)]
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - bottom}" stroke="#dde3e8"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:.4g}</text>')
+    for number, name in enumerate(names):
+        at = left + 130 * number
+        parts.append(f'<rect x="{at}" y="10" width="22" height="9" fill="{COLOURS[number]}" rx="2"/>')
+        parts.append(f'<text x="{at + 28}" y="19">{escape(name)}</text>')
+    for number, (name, pair) in enumerate(ranges.items()):
+        top = TOP + row * number
+        parts.append(f'<text x="{left - 8}" y="{top + 20}" text-anchor="end">{escape(name)}</text>')
+        for which, (mean, deviation) in enumerate(pair):
+            x, y = place(mean - deviation), top + 3 + 14 * which
+            wide = max(1.0, place(mean + deviation) - x)
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="11" fill="{COLOURS[which]}" rx="2"/>'
+                f'<rect x="{place(mean) - 1:.1f}" y="{y - 1}" width="2" height="13" fill="#22303a"/>'
+            )
     return "".join(parts) + "</svg>"
 
 

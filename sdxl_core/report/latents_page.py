@@ -10,7 +10,7 @@ from sdxl_core.files import write_atomic
 from sdxl_core.latents.report import channel_statistics, contact_sheet, shard_limits, speed_over_time
 from sdxl_core.refs import LatentSetRef
 from sdxl_core.rejected import count_reasons, read_rejected
-from sdxl_core.report.charts import bar_chart, line_chart
+from sdxl_core.report.charts import bar_chart, line_chart, range_chart
 from sdxl_core.report.page import STYLE, data_url
 from sdxl_core.summary import describe
 
@@ -29,16 +29,15 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
             if file.read(len(mark)) == mark:
                 return path
     sheet = data_url(contact_sheet(config, num_pictures=NUM_PICTURES))
-    speed = speed_over_time(ref.path)
     parts = [
         f"<p>{escape(describe(ref))}</p>",
         f"<h2>Buckets</h2>{bar_chart(ref.buckets)}",
         "<h2>Pictures and their latents</h2>",
         f"<img alt='pictures beside their latents' src='{sheet}'>",
-        "<p class='note'>the picture, its latents as kept (cropped to the bucket, in false colour)"
+        "<p class='note'>by bucket: the picture, its latents as kept (cropped to the bucket, in false colour)"
         f"{'' if config.vae == 'tiny' else ', what the VAE makes of their middle'}</p>",
         f"<h2>Latents by channel</h2>{_channels(config, ref)}",
-        f"<h2>Speed</h2>{line_chart({'all devices': speed}, x_label='hours', y_label='pictures a second')}",
+        f"<h2>Speed</h2>{_speed(ref)}",
         _limits(ref),
         _rejected(ref),
     ]
@@ -50,12 +49,21 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
     return path
 
 
+def _speed(ref: LatentSetRef) -> str:
+    speed = speed_over_time(ref.path)
+    last_s = speed[-1][0] if speed else 0
+    unit, seconds = ("hours", 3600) if last_s > 7200 else ("minutes", 60) if last_s > 120 else ("seconds", 1)
+    points = [(time_s / seconds, rate) for time_s, rate in speed]
+    return line_chart({"all devices, pictures a second": points}, x_label=unit, y_label="pictures a second")
+
+
 def _channels(config: CacheLatentsConfig, ref: LatentSetRef) -> str:
-    rows, is_far = "", False
+    rows, is_far, ranges = "", False, {}
     for number, (mean, deviation) in enumerate(channel_statistics(ref.path)):
         usual_mean, usual = USUAL[number]
         far = abs(mean - usual_mean) > usual or not 0.5 < deviation / usual < 2
         is_far = is_far or far
+        ranges[f"channel {number}"] = ((mean, deviation), USUAL[number])
         rows += (
             f"<tr><td>{number}</td><td>{mean:.2f}</td><td>{deviation:.2f}</td><td>{usual_mean:.2f}</td>"
             f"<td>{usual:.2f}</td><td>{'far off' if far else ''}</td></tr>"
@@ -69,7 +77,8 @@ def _channels(config: CacheLatentsConfig, ref: LatentSetRef) -> str:
             "another VAE than SDXL's, or pictures of one kind only."
         )
     return (
-        "<table><tr><th>channel</th><th>mean</th><th>deviation</th><th>SDXL: mean</th><th>deviation</th><th></th></tr>"
+        f"{range_chart(ranges, names=('here', 'SDXL'))}<table><tr><th>channel</th><th>mean</th><th>deviation</th>"
+        "<th>SDXL: mean</th><th>deviation</th><th></th></tr>"
         f"{rows}</table><p class='note'>unscaled, over at most 256 pictures. {note}</p>"
     )
 
@@ -86,9 +95,6 @@ def _limits(ref: LatentSetRef) -> str:
 
 def _rejected(ref: LatentSetRef) -> str:
     rows = [row for row in read_rejected(ref.rejected) if row.stage == "latents"]
-    reasons = "".join(
-        f"<tr><td>{escape(name)}</td><td>{count}</td></tr>" for name, count in count_reasons(rows).items()
-    )
     shown = "".join(
         f"<tr><td>{escape(row.key)}</td><td>{escape(row.reason)}</td><td>{row.attempts}</td>"
         f"<td style='white-space: normal'>{escape(row.detail)}</td></tr>"
@@ -98,4 +104,4 @@ def _rejected(ref: LatentSetRef) -> str:
         return "<h2>Rejected</h2><p>No picture was rejected.</p>"
     heading = "<table><tr><th>picture</th><th>reason</th><th>attempts</th><th>detail</th></tr>"
     more = f"<p>and {len(rows) - NUM_REJECTED} more in rejected.jsonl</p>" if len(rows) > NUM_REJECTED else ""
-    return f"<h2>Rejected: {len(rows)}</h2><table>{reasons}</table>{heading}{shown}</table>{more}"
+    return f"<h2>Rejected: {len(rows):,}</h2>{bar_chart(count_reasons(rows))}{heading}{shown}</table>{more}"

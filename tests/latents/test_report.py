@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import save_file
 from support.latent_sets import collection, contents
 
 from sdxl_core.latents.cache import cache_latents
-from sdxl_core.latents.report import channel_statistics, speed_over_time
+from sdxl_core.latents.report import _sheet, channel_statistics, speed_over_time
 from sdxl_core.models.load import load_vae
 
 
@@ -23,7 +23,15 @@ def test_the_page_shows_buckets_pictures_channels_speed_and_what_was_rejected(ma
     config = make_job(collection(9) | {"bad.png": b"<b>"}, layout=layout, commit_size=2)
     ref = cache_latents(config)
     page = (config.out / "latents.html").read_text()
-    for words in ("Buckets", "data:image/png;base64,", "Latents by channel", "Speed", "Rejected: 1", "undecodable"):
+    for words in (
+        "Buckets",
+        "data:image/png;base64,",
+        "Latents by channel",
+        ">SDXL</text>",
+        "Speed",
+        "Rejected: 1",
+        "undecodable",
+    ):
         assert words in page, words
     assert not re.search(r"""(src|href)=["'](?!data:)""", page), "the page needs something beside it"
     before = (config.out / "latents.html").stat().st_mtime_ns
@@ -63,3 +71,26 @@ def test_speed_is_pictures_by_time(make_job: Any, monkeypatch: pytest.MonkeyPatc
     points = speed_over_time(config.out / "latents")
     assert sum(rate for _, rate in points) / len(points) == pytest.approx(9 / 6)
     assert speed_over_time(tmp_path) == []
+
+
+def test_devices_that_commit_at_once_and_a_pause_are_no_gap_in_the_speed(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([10.0, 10.0, 11.0, 11.0, 111.0, 112.0])
+    monkeypatch.setattr("sdxl_core.latents.ledger.time.time", lambda: next(times))
+    config = make_job(collection(12), commit_size=2)
+    cache_latents(config)
+    assert speed_over_time(config.out / "latents") == [(0.5, 4.0), (51.0, 0.02), (101.5, 2.0)]
+
+
+def test_the_sheet_has_every_cell_below_its_buckets_name() -> None:
+    colours = {(64, 96): ["#ff0000", "#00ff00"], (96, 64): ["#0000ff"], (32, 32): ["#ffff00"] * 9}
+    cells = {bucket: [Image.new("RGB", (200, 50), colour) for colour in some] for bucket, some in colours.items()}
+    pixels = np.asarray(_sheet(cells))
+    seen = {}
+    for colour in ("#ffff00", "#ff0000", "#00ff00", "#0000ff"):
+        rows, columns = np.nonzero((pixels == np.array(ImageColor.getrgb(colour))).all(axis=2))
+        seen[colour] = len(rows), rows.min(), columns.min()
+    assert [count for count, _, _ in seen.values()] == [90_000, 10_000, 10_000, 10_000]
+    tops = [top for _, top, _ in seen.values()]
+    assert tops == sorted(tops) and tops[0] > 0 and tops[1] == tops[2] and seen["#00ff00"][2] == 200
