@@ -14,6 +14,7 @@ from contextvars import copy_context
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from sdxl_core.config import CacheLatentsConfig
 from sdxl_core.errors import ConfigError, ShardError
@@ -120,11 +121,12 @@ class _ShardEncoder:
             pass  # files that another process has recorded are not written over
 
     def _check_roots(self) -> None:
-        for root in self._rows.roots or (self._config.source,):
-            if not root.is_dir():
+        roots = self._rows.roots or (self._config.source,)
+        for number in pc.unique(self._rows.table["root"]).to_pylist():  # a catalog's other sources hold only words
+            if not roots[number].exists():
                 raise ConfigError(
-                    f"{root}: the folder of the pictures is not there; is its disk mounted? Nothing was rejected. Put "
-                    f"it back and run the same command again."
+                    f"{roots[number]}: what holds the pictures is not there; is its disk mounted? Nothing was "
+                    f"rejected. Put it back and run the same command again."
                 )
 
     def _sweep(self) -> None:

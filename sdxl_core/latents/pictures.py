@@ -157,12 +157,13 @@ class _Times:
         )  # fmt: skip
 
     def _time(self, root: int, name: str) -> int:
+        path = f"{self._roots[root]}/{name}" if name else str(self._roots[root])  # a source that is one tar
         try:
-            return os.stat(f"{self._roots[root]}/{name}").st_mtime_ns
+            return os.stat(path).st_mtime_ns
         except FileNotFoundError:
             return -1
         except OSError as error:
-            raise DataError(f"{self._roots[root]}/{name}: cannot be looked at ({error.strerror}).") from error
+            raise DataError(f"{path}: cannot be looked at ({error.strerror}).") from error
 
 
 def _places(*columns: Any) -> pa.RecordBatch:

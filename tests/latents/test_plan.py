@@ -162,6 +162,21 @@ def test_a_catalog_of_folders_and_tars_is_read_in_place(make_job: Any, tmp_path:
     assert (config.out / "latents" / "t" / f"{stems[3]}.npz").is_file()
 
 
+def test_sources_of_a_catalog_may_be_single_files(make_job: Any, tmp_path: Path) -> None:
+    files = collection(6)
+    names = list(files)
+    config = make_job({name: files[name] for name in names[:3]})
+    write_tar(tmp_path / "0000.tar", {name: files[name] for name in names[3:]})
+    words = tmp_path / "words.jsonl"
+    words.write_text(json.dumps({"id": names[0].rpartition(".")[0], "tags": ["a"]}) + "\n")
+    sources = tuple(CatalogSource(path=path) for path in (config.source, tmp_path / "0000.tar", words))
+    build_catalog(CatalogConfig(sources=sources, out=tmp_path / "catalog"))
+    config = config.model_copy(update={"source": tmp_path / "catalog"})
+    name_all(config, [name.rpartition(".")[0] for name in names])
+    assert cache_latents(config).num_kept == len(names)
+    assert contents(config.out) == contents(cache_latents(make_job(files, out=tmp_path / "plain")).path.parent)
+
+
 def test_a_manifest_names_the_places(make_job: Any, tmp_path: Path) -> None:
     files = collection(6)
     config = make_job(files)
