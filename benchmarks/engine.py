@@ -73,7 +73,7 @@ def main() -> None:
             else:  # drawing a picture costs more than reading one
                 paths[-1].hardlink_to(paths[number % NUM_DRAWN])
         config = CacheLatentsConfig(
-            source=root, metadata=root, out=root / "out", devices="cpu", compat="sd-scripts",
+            source=root, metadata=root, out=root / "out", vae="tiny", devices="cpu", compat="sd-scripts",
             commit_size=arguments.commit_size,
         )  # fmt: skip
         config.out.mkdir()

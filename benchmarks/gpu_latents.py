@@ -134,7 +134,7 @@ def measure(config: CacheLatentsConfig, paths: list[Path], arguments: argparse.N
 def settings(arguments: argparse.Namespace, root: Path) -> CacheLatentsConfig:
     shrink = SMALLER if arguments.preset == "tiny" else 1
     config = CacheLatentsConfig(
-        source=root, metadata=root, out=root / "out", compat="sd-scripts", dtype=arguments.dtype,
+        source=root, metadata=root, out=root / "out", vae="tiny", compat="sd-scripts", dtype=arguments.dtype,
         batch_size=arguments.batch_size, compile=arguments.compile, devices=arguments.device,
         resolution_px=1024 // shrink, min_bucket_px=256 // shrink, max_bucket_px=2048 // shrink,
         bucket_step_px=64 // shrink,

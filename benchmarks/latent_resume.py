@@ -104,7 +104,7 @@ def config_of(work: Path, rows: int) -> CacheLatentsConfig:
     folder = work / f"rows-{rows}"
     return CacheLatentsConfig(
         source=folder, manifest=folder / "manifest.arrow", metadata=folder / "meta_cap_dd.json", out=folder / "out",
-        layout="packed", shard_size=SHARD_SIZE, commit_size=COMMIT_SIZE, devices="auto",
+        vae="tiny", layout="packed", shard_size=SHARD_SIZE, commit_size=COMMIT_SIZE, devices="auto",
     )  # fmt: skip
 
 

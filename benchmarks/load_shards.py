@@ -74,7 +74,7 @@ def config(folder: Path, number: int, out: Path) -> CacheLatentsConfig:
     source = pictures(folder, number)
     merge_tags(MergeTagsConfig(source=source, out=out / "meta_cap_dd.json"))
     return CacheLatentsConfig(
-        source=source, metadata=out / "meta_cap_dd.json", out=out, resolution_px=64, min_bucket_px=64,
+        source=source, metadata=out / "meta_cap_dd.json", out=out, vae="tiny", resolution_px=64, min_bucket_px=64,
         max_bucket_px=64, shard_size=1, batch_size=1, devices="cpu,cpu",
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def check_job(job: JobConfig) -> None:
         )
     parse(job.subset.query)
     for key, value in (("latents.vae", job.latents.vae), ("train.base_model", job.train.base_model)):
-        if value != "tiny" and not Path(value).exists():
+        if value not in ("", "tiny") and not Path(value).exists():
             raise ConfigError(
                 f"{key} = {value}: there is no such file or folder. Name a .safetensors file, a diffusers folder, "
                 f"or tiny."

@@ -24,8 +24,8 @@ class Section(BaseModel):
         """Fields in the order of a form: what is needed first, then the section's own, then what it inherits."""
         schema = handler(core_schema)
         section = handler.resolve_ref_schema(schema)
-        fields, needed, own = section.get("properties", {}), section.get("required", []), cls.__annotations__
-        order = sorted(fields, key=lambda name: (name not in needed, name not in own))
+        fields, needed, own = section.get("properties", {}), section.get("required", []), [*cls.__annotations__]
+        order = sorted(fields, key=lambda name: (name not in needed, own.index(name) if name in own else len(own)))
         # Prefect on PostgreSQL keeps no order of keys, but the form sorts by position.
         section["properties"] = {name: fields[name] | {"position": place} for place, name in enumerate(order)}
         return schema

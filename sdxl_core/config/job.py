@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sdxl_core.config.latents import CacheLatentsConfig, LatentsOptions
 from sdxl_core.config.merge import MergeTagsConfig, MergeTagsOptions
@@ -16,7 +17,7 @@ from sdxl_core.sections import Section
 
 
 class JobSource(SourceOptions):
-    path: Path = Field(description="folder of pictures with text files beside them")
+    path: Path = Field(description="folder of pictures with text files beside them, or a catalog")
 
 
 class JobConfig(Section):
@@ -29,6 +30,15 @@ class JobConfig(Section):
     latents: LatentsOptions = Field(LatentsOptions(), description="the latent cache")
     train: TrainOptions = Field(TrainOptions(), description="fine-tuning")
     notify: NotifyOptions = Field(NotifyOptions(), description="who is told how the run ended")
+
+    @model_validator(mode="after")
+    def one_kind_of_weights(self) -> Self:
+        if self.latents.vae == "tiny" and self.train.base_model != "tiny":
+            raise ValueError(
+                f"latents.vae = 'tiny' has random weights, and train.base_model = {self.train.base_model!r} would be "
+                f"trained on them: leave latents.vae out (the VAE in the base model), or name another VAE"
+            )
+        return self
 
     def subset_config(self) -> SubsetConfig:
         how = "manifest" if self.subset.how == "auto" else self.subset.how
@@ -54,7 +64,7 @@ class JobConfig(Section):
         """Args: picked: as in `merge_config`. The pictures of a manifest are read where they are, in tars too."""
         is_listed = picked is not None and picked.how == "manifest"
         return CacheLatentsConfig(
-            **self.latents.model_dump(),
+            **self.latents.model_dump() | {"vae": self.latents.vae or self.train.base_model},
             source=self.source.path if picked is None else picked.catalog if is_listed else picked.path,
             manifest=picked.path / "manifest.arrow" if picked is not None and is_listed else None,
             metadata=self.out / "meta_cap_dd.json",

@@ -7,10 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sdxl_core.roots import data_roots
+from sdxl_core.roots import NamesFile, data_roots
 from sdxl_core.sections import Section, WeightsName
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+VAE_HELP = (
+    "single-file .safetensors (a whole checkpoint, or a VAE in LDM or diffusers keys), a diffusers folder, or 'tiny' "
+    "(a small random VAE for trying things out)"
+)
 
 
 class BucketOptions(Section):
@@ -35,11 +39,8 @@ class BucketOptions(Section):
 
 
 class LatentsOptions(BucketOptions):
-    vae: WeightsName = Field(
-        "tiny",
-        title="VAE",
-        description="single-file .safetensors (a whole checkpoint, or a VAE in LDM or diffusers keys), a diffusers "
-        "folder, or 'tiny' (a small random VAE for trying things out)",
+    vae: Annotated[str, NamesFile("tiny", "")] = Field(
+        "", title="VAE", description=f"{VAE_HELP}; empty: the VAE in train.base_model"
     )
     dtype: Dtype = Field("float32", description="precision the VAE computes in")
     layout: Literal["per_image", "packed"] = Field(
@@ -138,6 +139,7 @@ class CacheLatentsConfig(LatentsOptions):
     manifest: Path | None = Field(None, description="the pictures of this manifest, as subset makes it")
     metadata: Path = Field(description="metadata JSON whose keys name the pictures")
     out: Path = Field(description="folder that receives latents/, meta_lat.json and rejected.jsonl")
+    vae: WeightsName = Field(min_length=1, title="VAE", description=VAE_HELP)
 
     def of_all_shards(self) -> Self:
         """The same without `only_shards`: what the whole set is made with."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_core.config import BucketOptions, JobConfig, TrainOptions
+from sdxl_core.config import BucketOptions, CacheLatentsConfig, JobConfig, TrainOptions
 from sdxl_core.configfile import apply_overrides, check, read_toml
 from sdxl_core.errors import ConfigError
 
@@ -20,6 +20,19 @@ def refused(values: dict, model: type = JobConfig) -> str:
 def test_a_misspelt_key_suggests_the_right_one() -> None:
     text = refused(MINIMAL | {"train": {"lerning_rate": 1e-5}})
     assert "train.lerning_rate: there is no such parameter. Did you mean train.learning_rate?" in text
+
+
+def test_latents_of_a_random_vae_are_no_food_for_a_real_model() -> None:
+    real = {"train": {"base_model": "m.safetensors"}}
+    assert "latents.vae = 'tiny' has random weights" in refused(MINIMAL | real | {"latents": {"vae": "tiny"}})
+    assert check(JobConfig, MINIMAL | real, where="job").latents_config(None).vae == "m.safetensors"
+    assert check(JobConfig, MINIMAL, where="job").latents_config(None).vae == "tiny"
+    own = check(JobConfig, MINIMAL | real | {"latents": {"vae": "v.safetensors"}}, where="job")
+    assert own.latents_config(None).vae == "v.safetensors"
+
+
+def test_latents_are_not_encoded_with_a_vae_that_nobody_named() -> None:
+    assert "vae: is needed" in refused({"source": "s", "metadata": "m.json", "out": "o"}, CacheLatentsConfig)
 
 
 def test_a_missing_key_is_named() -> None:

@@ -220,7 +220,7 @@ def test_without_ray_installed_it_is_said_before_anything_starts(monkeypatch: py
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config = CacheLatentsConfig(engine="ray", source=Path("in"), metadata=Path("m.json"), out=Path("out"))
+    config = CacheLatentsConfig(engine="ray", source=Path("in"), metadata=Path("m.json"), out=Path("out"), vae="tiny")
     with pytest.raises(ConfigError, match=r"pip install 'sdxl-flows\[ray\]'"):
         open_slots(config)
     with pytest.raises(ConfigError, match=r"pip install 'sdxl-flows\[ray\]'"):

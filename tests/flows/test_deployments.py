@@ -58,8 +58,8 @@ def test_the_form_begins_with_what_is_needed(deployment: dict[str, Any]) -> None
 
 def test_the_form_of_caching_asks_for_the_paths_first() -> None:
     caching = next(deployment for deployment in DEPLOYMENTS if deployment["name"] == "cache-latents")
-    assert list(schema_of(caching)["definitions"]["CacheLatentsConfig"]["properties"])[:4] == [
-        "source", "metadata", "out", "manifest",
+    assert list(schema_of(caching)["definitions"]["CacheLatentsConfig"]["properties"])[:5] == [
+        "source", "metadata", "out", "vae", "manifest",
     ]  # fmt: skip
 
 

@@ -156,8 +156,8 @@ def test_a_killed_slot_costs_a_retry_not_the_run(
     monkeypatch.setattr(encode_shard, "retry_delay_seconds", [0.1, 0.1, 0.1])
     merge_tags(MergeTagsConfig(source=pictures, out=tmp_path / "meta_cap_dd.json"))
     config = CacheLatentsConfig(
-        source=pictures, metadata=tmp_path / "meta_cap_dd.json", out=tmp_path, resolution_px=128, min_bucket_px=64,
-        max_bucket_px=256, shard_size=25, commit_size=4, devices="cpu",
+        source=pictures, metadata=tmp_path / "meta_cap_dd.json", out=tmp_path, vae="tiny", resolution_px=128,
+        min_bucket_px=64, max_bucket_px=256, shard_size=25, commit_size=4, devices="cpu",
     )  # fmt: skip
     killed: list[int] = []
     run_in_slot = Slot.run

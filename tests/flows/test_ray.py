@@ -40,8 +40,8 @@ def test_ray_gives_the_same_bytes_though_an_actor_is_killed(
     from sdxl_core.latents.cache import cache_latents as without_slots
 
     config = CacheLatentsConfig(
-        source=pictures, metadata=metadata, out=tmp_path / "here", resolution_px=128, min_bucket_px=64,
-        max_bucket_px=256, shard_size=13, commit_size=4, devices="cpu",
+        source=pictures, metadata=metadata, out=tmp_path / "here", vae="tiny", resolution_px=128,
+        min_bucket_px=64, max_bucket_px=256, shard_size=13, commit_size=4, devices="cpu",
     )  # fmt: skip
     expected = without_slots(config)
     ray = {"out": tmp_path / "ray", "engine": "ray", "ray_address": "auto", "devices": "cpu,cpu"}

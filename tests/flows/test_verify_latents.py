@@ -21,7 +21,7 @@ def test_a_damaged_set_fails_the_nightly_run_and_repair_mends_it(tmp_path: Path)
         (tmp_path / "in" / name).write_bytes(data)
     (tmp_path / "meta.json").write_text(json.dumps({"000": {}, "001": {}, "002": {}}))
     config = CacheLatentsConfig(
-        source=tmp_path / "in", metadata=tmp_path / "meta.json", out=tmp_path / "out", resolution_px=64,
+        source=tmp_path / "in", metadata=tmp_path / "meta.json", out=tmp_path / "out", vae="tiny", resolution_px=64,
         min_bucket_px=32, max_bucket_px=128, bucket_step_px=32, devices="cpu", layout="packed",
     )  # fmt: skip
     cache_latents(config)

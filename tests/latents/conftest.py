@@ -9,7 +9,10 @@ import pytest
 
 from sdxl_core.config import CacheLatentsConfig
 
-SMALL = {"resolution_px": 64, "min_bucket_px": 32, "max_bucket_px": 128, "bucket_step_px": 32, "devices": "cpu"}
+SMALL = {
+    "vae": "tiny", "resolution_px": 64, "min_bucket_px": 32, "max_bucket_px": 128, "bucket_step_px": 32,
+    "devices": "cpu",
+}  # fmt: skip
 MakeJob = Callable[..., CacheLatentsConfig]
 
 

@@ -24,7 +24,10 @@ from sdxl_core.latents.engine.batches import batches_of
 from sdxl_core.latents.engine.read import Reader
 from sdxl_core.latents.vae import EncodeFunction, LoadFunction, load_encoder, posterior_noise
 
-SMALL = {"resolution_px": 64, "min_bucket_px": 32, "max_bucket_px": 128, "bucket_step_px": 32, "devices": "cpu"}
+SMALL = {
+    "vae": "tiny", "resolution_px": 64, "min_bucket_px": 32, "max_bucket_px": 128, "bucket_step_px": 32,
+    "devices": "cpu",
+}  # fmt: skip
 SIZES = [(64, 64), (90, 60), (60, 90), (128, 40), (50, 70)]
 Groups = list[tuple[int, list[Picture]]]
 

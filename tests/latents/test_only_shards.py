@@ -26,8 +26,8 @@ def config(pictures: Path, tmp_path: Path) -> CacheLatentsConfig:
     """50 pictures in five shards of ten."""
     metadata = merge_tags(MergeTagsConfig(source=pictures, out=tmp_path / "meta_cap_dd.json")).path
     return CacheLatentsConfig(
-        source=pictures, metadata=metadata, out=tmp_path, resolution_px=128, min_bucket_px=64, max_bucket_px=256,
-        shard_size=10, devices="cpu",
+        source=pictures, metadata=metadata, out=tmp_path, vae="tiny", resolution_px=128, min_bucket_px=64,
+        max_bucket_px=256, shard_size=10, devices="cpu",
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_a_batch_grows_while_it_fits_and_gains(
 
     monkeypatch.setattr(batch_size, "_seconds", tried)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    config = CacheLatentsConfig(source=tmp_path, metadata=tmp_path, out=tmp_path, batch_size=0)
+    config = CacheLatentsConfig(source=tmp_path, metadata=tmp_path, out=tmp_path, vae="tiny", batch_size=0)
     card = torch.device("cuda:0")
     assert batch_size.settled_batch_size(config, card, lambda *_: None) == expected  # type: ignore[arg-type,return-value]
     monkeypatch.setattr(batch_size, "_seconds", None)

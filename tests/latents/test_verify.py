@@ -49,8 +49,9 @@ def cached(request: Any, tmp_path_factory: pytest.TempPathFactory) -> CacheLaten
     keys = [name.rpartition(".")[0] for name in files]
     (folder / "meta.json").write_text(json.dumps({key: {"tags": key} for key in keys}, indent=2))
     config = CacheLatentsConfig(
-        source=folder / "in", metadata=folder / "meta.json", out=folder / "out", resolution_px=64, min_bucket_px=32,
-        max_bucket_px=128, bucket_step_px=32, devices="cpu", shard_size=5, batch_size=2, layout=request.param,
+        source=folder / "in", metadata=folder / "meta.json", out=folder / "out", vae="tiny", resolution_px=64,
+        min_bucket_px=32, max_bucket_px=128, bucket_step_px=32, devices="cpu", shard_size=5, batch_size=2,
+        layout=request.param,
     )  # fmt: skip
     cache_latents(config)
     return config

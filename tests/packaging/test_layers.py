@@ -63,7 +63,7 @@ def test_stage_commands_work_where_prefect_is_not_installed(without_prefect: dic
     assert merged.returncode == 0, merged.stderr
     cached = run(
         without_prefect, tmp_path, "cache-latents", "--source", "pictures", "--metadata", "run/meta_cap_dd.json",
-        "--out", "run", "--resolution-px", "128", "--min-bucket-px", "64", "--max-bucket-px", "256",
+        "--out", "run", "--vae", "tiny", "--resolution-px", "128", "--min-bucket-px", "64", "--max-bucket-px", "256",
     )  # fmt: skip
     assert cached.returncode == 0, cached.stderr
     assert "kept 48 of 50 pictures (2 rejected: 1 too_small, 1 undecodable)" in cached.stdout

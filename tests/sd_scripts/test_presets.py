@@ -51,6 +51,12 @@ def test_the_presets_for_24_gb_fit_by_the_plan(preset: str, tmp_path: Path, caps
     assert capsys.readouterr().out == of_job and "3,378,094,596 of 3,385,184,004 parameters train" in of_job
 
 
+def test_the_example_of_a_real_model_fits_its_card(capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[2] / "examples" / "24gb.toml"
+    assert main(["plan", str(example), "--preset", "24gb-single", "--card-gb", "24"]) == 0
+    assert "3,378,094,596 of 3,385,184,004 parameters train" in capsys.readouterr().out
+
+
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["presets"])
     assert "4x24gb" in capsys.readouterr().out

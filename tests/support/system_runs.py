@@ -11,13 +11,13 @@ from support.service import Service, wait_until
 from sdxl_core.config import CacheLatentsConfig, MergeTagsConfig
 from sdxl_core.merge.plan import merge_tags
 
-SMALL = {"resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256, "devices": "cpu"}
+SMALL = {"vae": "tiny", "resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256, "devices": "cpu"}
 
 
 def latents_config(pictures: Path, out: Path, **changed: Any) -> CacheLatentsConfig:
     """Enough work to be disturbed at on two slots, committed every four pictures."""
     merge_tags(MergeTagsConfig(source=pictures, out=out / "meta_cap_dd.json"))
-    options = {"resolution_px": 640, "shard_size": 25, "commit_size": 4, "devices": "cpu,cpu"} | changed
+    options = {"vae": "tiny", "resolution_px": 640, "shard_size": 25, "commit_size": 4, "devices": "cpu,cpu"} | changed
     return CacheLatentsConfig.model_validate(
         {"source": pictures, "metadata": out / "meta_cap_dd.json", "out": out} | options
     )

@@ -12,14 +12,14 @@ from support.service import Service, wait_until
 
 pytestmark = pytest.mark.system
 
-PATHS = {"source": "/data/nowhere", "metadata": "/data/nowhere/meta.json", "out": "/data/out"}
+PATHS = {"source": "/data/nowhere", "metadata": "/data/nowhere/meta.json", "out": "/data/out", "vae": "tiny"}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("cache-latents/cache-latents", PATHS | {"resolution_px": 3}, "resolution_px"),
     ("cache-latents/cache-latents", PATHS | {"engine": "dask"}, "engine"),
     ("cache-latents/cache-latents", PATHS | {"batch_size": "many"}, "batch_size"),
     ("cache-latents/cache-latents", PATHS | {"resolutoin_px": 512}, "resolutoin_px"),
-    ("cache-latents/cache-latents", {"source": "/data/nowhere", "out": "/data/out"}, "metadata"),
-    ("finetune/finetune", PATHS | {"latents": "/data", "source": "/data"}, "source"),
+    ("cache-latents/cache-latents", {"source": "/data/nowhere", "out": "/data/out", "vae": "tiny"}, "metadata"),
+    ("finetune/finetune", {"metadata": "/m.json", "latents": "/data", "out": "/o", "source": "/data"}, "source"),
     ("plan/plan", {"card_gb": -1}, "card_gb"),
 ]
 
@@ -57,7 +57,9 @@ def test_a_missing_file_or_folder_is_told_before_anything_is_made(service: Servi
         "pipeline/pipeline": {"job": {"source": {"path": nowhere}, "out": out}},
         "subset/subset": {"config": {"source": nowhere, "out": out}},
         "merge-tags/merge-tags": {"config": {"source": nowhere, "out": f"{out}/m.json"}},
-        "cache-latents/cache-latents": {"config": {"source": str(tmp_path), "metadata": nowhere, "out": out}},
+        "cache-latents/cache-latents": {
+            "config": {"source": str(tmp_path), "metadata": nowhere, "out": out, "vae": "tiny"}
+        },
         "finetune/finetune": {"config": {"metadata": nowhere, "latents": str(tmp_path), "out": out}},
         "verify-latents/verify-latents": {"config": {"path": nowhere}},
     }
