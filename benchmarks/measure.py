@@ -18,7 +18,7 @@ SAMPLE_EVERY_S = 0.02
 class Cost:
     """`private_mib`, `rss_mib`: peaks of sums over the process tree. Pages of mapped files count in `rss` only.
 
-    What forked processes share, both sums count once for each of them.
+    What forked processes share counts once in `private_mib`, once for each of them in `rss_mib`.
     """
 
     wall_s: float
@@ -40,10 +40,11 @@ def cost_of(command: Sequence[str], *, log: Path | None = None, memory: bool = T
     if not memory:
         process.wait()
     while process.poll() is None:
+        began = time.perf_counter()
         sums = [_memory_kib(pid) for pid in _tree(process.pid)]
         private = max(private, sum(size[0] for size in sums))
-        rss = max(rss, sum(sum(size) for size in sums))
-        time.sleep(SAMPLE_EVERY_S)
+        rss = max(rss, sum(size[1] for size in sums))
+        time.sleep(max(SAMPLE_EVERY_S, 9 * (time.perf_counter() - began)))
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
@@ -125,11 +126,10 @@ def _tree(root: int) -> list[int]:
 
 
 def _memory_kib(pid: int) -> tuple[int, int]:
-    """Private and file-backed (or shared) resident memory."""
+    """Memory of its own, and all that is resident."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0, 0
-    named = [line.split() for line in lines if line.startswith("Rss")]
-    sizes = {words[0].rstrip(":"): int(words[1]) for words in named}
-    return sizes.get("RssAnon", 0), sizes.get("RssFile", 0) + sizes.get("RssShmem", 0)
+    sizes = {words[0]: int(words[1]) for line in lines[1:] if len(words := line.split()) == 3}
+    return sizes.get("Pss_Anon:", 0), sizes.get("Rss:", 0)
