@@ -8,7 +8,7 @@ from pathlib import Path
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import DiskFullError
 from sdxl_core.models.load import preset_of
-from sdxl_core.training.memory_plan import disk_needs
+from sdxl_core.training.memory_plan import disk_needs, most_disk_needs
 from sdxl_core.training.saving import SaveTimes, models_on_the_way
 from sdxl_core.training.schedules import total_steps
 from sdxl_core.training.text_outputs import outputs_bytes
@@ -28,23 +28,24 @@ def check_disk(config: TrainConfig, training_set: TrainingSet) -> None:
         SaveTimes(config, steps_per_epoch=steps_per_epoch),
     )
     num_states, num_models = times.most_states(total), times.most_models(total)
-    state_bytes, model_bytes = disk_needs(config, preset)
-    needed = num_states * state_bytes + num_models * model_bytes
     free, there = shutil.disk_usage(folder).free, sum(map(_size, _own_files(config)))
-    texts = outputs_bytes(config, training_set, preset, free=free + there - needed)
-    needed += texts
-    if free + there < needed:
-        average = "" if config.ema_decay is None else ", the averaged weights of ema_decay among it"
-        outputs = f", and outputs of text encoders of {_bytes(texts)} (cache_text_encoder_outputs)" if texts else ""
-        raise DiskFullError(
-            f"{folder}: this run needs {_bytes(needed)} on the disk: {num_states} resumable states of "
-            f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}; a new one is whole before one goes), "
-            f"and {num_models} model file{'s' * (num_models > 1)} of {_bytes(model_bytes)} "
-            f"(keep_models = {config.keep_models or 'all'}){outputs}. "
-            f"{_bytes(free)} are free, {_bytes(there)} are this run's already. Free {_bytes(needed - free - there)}, "
-            f"keep fewer (keep_models, save_model_every_epochs, save_model_every_steps), or choose an out folder on "
-            f"another disk."
-        )
+    for sizes in (most_disk_needs, disk_needs):  # the second takes seconds, and is asked if the first do not fit
+        state_bytes, model_bytes = sizes(config, preset)
+        needed = num_states * state_bytes + num_models * model_bytes
+        texts = outputs_bytes(config, training_set, preset, free=free + there - needed)
+        needed += texts
+        if free + there >= needed:
+            return
+    average = "" if config.ema_decay is None else ", the averaged weights of ema_decay among it"
+    outputs = f", and outputs of text encoders of {_bytes(texts)} (cache_text_encoder_outputs)" if texts else ""
+    raise DiskFullError(
+        f"{folder}: this run needs {_bytes(needed)} on the disk: {num_states} resumable states of "
+        f"{_bytes(state_bytes)}{average} (keep_states = {config.keep_states}; a new one is whole before one goes), and "
+        f"{num_models} model file{'s' * (num_models > 1)} of {_bytes(model_bytes)} "
+        f"(keep_models = {config.keep_models or 'all'}){outputs}. {_bytes(free)} are free, {_bytes(there)} are this "
+        f"run's already. Free {_bytes(needed - free - there)}, keep fewer (keep_models, save_model_every_epochs, "
+        f"save_model_every_steps), or choose an out folder on another disk."
+    )
 
 
 def _bytes(count: int) -> str:

@@ -86,7 +86,7 @@ def _say_warnings(config: TrainConfig) -> None:
 
 
 def _check_disk(config: TrainConfig, training_set: TrainingSet) -> None:
-    from sdxl_core.training.disk_guard import check_disk  # imports torch and diffusers
+    from sdxl_core.training.disk_guard import check_disk  # imports torch
 
     check_disk(config, training_set)
 

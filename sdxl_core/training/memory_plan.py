@@ -6,9 +6,9 @@ U-Net on meta tensors and adding up what the backward pass keeps; the card's own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from sdxl_core.config.train import PlanConfig, TrainOptions
 from sdxl_core.errors import ConfigError
 from sdxl_core.models.load import meta_module, preset_of
-from sdxl_core.models.presets import Component, Preset
+from sdxl_core.models.presets import Component, Preset, tensor_shapes
 from sdxl_core.refs import MemoryPlan
 from sdxl_core.training.activations import kept_bytes
 from sdxl_core.training.denoiser import Denoiser
@@ -211,15 +211,17 @@ def _is_divided(options: TrainOptions) -> bool:
 
 
 def _weights(modules: Mapping[str, nn.Module], options: TrainOptions) -> Iterator[_Weight]:
-    rates = learning_rates(options)
-    half = options.weights_dtype == "bfloat16" or options.mixed_precision == "bf16"
-    num_ranks = options.num_processes if _is_divided(options) else 1
     for part, module in modules.items():
-        itemsize = BYTES[options.weights_dtype] if rates[part] else (2 if half else 4)
         for parameter in module.parameters():
-            shape = tuple(parameter.shape)
-            piece = piece_of_shape(shape, rank=0, num_ranks=num_ranks)  # no process holds more than the first
-            yield _Weight(part, shape, parameter.numel(), piece.count, itemsize, parameter.requires_grad)
+            yield _weight(part, tuple(parameter.shape), options, trains=parameter.requires_grad)
+
+
+def _weight(part: str, shape: tuple[int, ...], options: TrainOptions, *, trains: bool) -> _Weight:
+    half = options.weights_dtype == "bfloat16" or options.mixed_precision == "bf16"
+    itemsize = BYTES[options.weights_dtype] if learning_rates(options)[part] else (2 if half else 4)
+    num_ranks = options.num_processes if _is_divided(options) else 1
+    piece = piece_of_shape(shape, rank=0, num_ranks=num_ranks)  # no process holds more than the first
+    return _Weight(part, shape, piece.total, piece.count, itemsize, trains)
 
 
 def _group_sizes(modules: Mapping[str, Any], num_ranks: int) -> list[int]:
@@ -274,6 +276,16 @@ def disk_needs(options: TrainOptions, preset: Preset) -> tuple[int, int]:
     return _state_file_bytes(weights, options), _model_file_bytes(weights, options, preset)
 
 
+def most_disk_needs(options: TrainOptions, preset: Preset) -> tuple[int, int]:
+    """As `disk_needs`, or more where `freeze` or `block_lr` hold weights back; diffusers is not imported for it."""
+    weights = [
+        _weight(part, shape, options, trains=bool(rate))
+        for part, rate in learning_rates(options).items()
+        for shape in tensor_shapes(preset, part).values()
+    ]
+    return _state_file_bytes(weights, options), _model_file_bytes(weights, options, preset)
+
+
 def _meta_modules(preset: Preset) -> dict[str, Any]:
     parts: tuple[Component, ...] = ("unet", "text_encoder", "text_encoder_2")
     return {part: meta_module(part, preset) for part in parts}
@@ -288,7 +300,8 @@ def _state_file_bytes(weights: list[_Weight], options: TrainOptions) -> int:
 
 def _model_file_bytes(weights: list[_Weight], options: TrainOptions, preset: Preset) -> int:
     itemsize = 4 if options.save_precision == "fp32" else 2
-    return itemsize * (sum(weight.numel for weight in weights) + _num_vae_elements(preset))
+    vae = sum(math.prod(shape) for shape in tensor_shapes(preset, "vae").values())
+    return itemsize * (sum(weight.numel for weight in weights) + vae)
 
 
 def _disk(options: TrainOptions, weights: list[_Weight], preset: Preset) -> dict[str, int]:
@@ -303,8 +316,3 @@ def _disk(options: TrainOptions, weights: list[_Weight], preset: Preset) -> dict
         num_models = options.keep_models + 2
         return states | {f"{num_models} model files (the last, one being written)": num_models * model}
     return states | {"model file, and as much again each time": model}
-
-
-@cache
-def _num_vae_elements(preset: Preset) -> int:
-    return sum(parameter.numel() for parameter in meta_module("vae", preset).parameters())

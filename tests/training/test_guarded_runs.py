@@ -333,6 +333,23 @@ def test_the_disk_guard_counts_every_model_file_and_the_average(
     assert needed == pytest.approx(sum(written["model"]) + 3 * written["state"][0], rel=0.05)
 
 
+def test_weights_that_are_frozen_by_name_need_no_room(config: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, free = shutil.disk_usage("/"), 0
+    monkeypatch.setattr(disk_guard.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    run = config(**SMALL)
+    run.out.mkdir()
+    with pytest.raises(DiskFullError) as error:
+        disk_guard.check_disk(run, read_training_set(run))
+    needed = int(re.findall(r"needs ([\d,]+) bytes", str(error.value))[0].replace(",", ""))
+    state_bytes, model_bytes = disk_guard.most_disk_needs(run, "tiny")
+    assert needed < 0.8 * (2 * state_bytes + model_bytes)
+    free = needed
+    disk_guard.check_disk(run, read_training_set(run))
+    free = needed - 1
+    with pytest.raises(DiskFullError, match="Free 1 bytes"):
+        disk_guard.check_disk(run, read_training_set(run))
+
+
 def test_only_what_is_there_at_once_counts() -> None:
     def most(**changes: Any) -> tuple[int, int]:
         values = {"metadata": Path("m"), "latents": Path("l"), "out": Path("o"), **changes}

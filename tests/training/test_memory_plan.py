@@ -1,5 +1,7 @@
 """What a run needs, from shapes alone: at full size, where libraries' 32-bit counters and 24 GB cards are."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from sdxl_core.cli import main
 from sdxl_core.config import TrainOptions
 from sdxl_core.errors import ConfigError
 from sdxl_core.models.load import meta_module
-from sdxl_core.training.memory_plan import LIMIT_ELEMENTS, check_card, disk_needs, plan_memory
+from sdxl_core.models.presets import Preset
+from sdxl_core.training.memory_plan import LIMIT_ELEMENTS, check_card, disk_needs, most_disk_needs, plan_memory
 from sdxl_core.training.optimizer import MIN_8BIT_ELEMENTS
 from sdxl_core.training.parallel import piece_of_shape
 
@@ -84,6 +87,35 @@ def test_the_disk_needed_is_what_a_state_takes(tmp_path: Path) -> None:
     numel = sum(parameter.numel() for parameter in meta_module("unet", "tiny").parameters())
     assert 4 * numel < state < 4.6 * numel, "bf16 weights and two 8-bit states, small ones in float32"
     assert state <= divided < 1.05 * state and model > 2 * numel
+
+
+@pytest.mark.parametrize("preset", ["tiny", "sdxl"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate_te1": 1e-6, "ema_decay": 0.9},
+        {"num_processes": 3, "parallel": "fsdp", "weights_rounding": "kahan"},
+        {"optimizer": "adafactor", "weights_dtype": "float32"},
+    ],
+)
+def test_the_disk_needed_is_known_from_the_table_of_tensors(preset: Preset, options: dict[str, Any]) -> None:
+    """The same numbers; where weights are frozen not less."""
+    asked = TrainOptions(base_model="tiny", learning_rate=1e-6, **options)
+    (exact, model), (most, most_model) = disk_needs(asked, preset), most_disk_needs(asked, preset)
+    assert most_model == model
+    assert most == exact or (asked.learning_rate_te1 and exact < most < 1.1 * exact), "CLIP-L's last layer is unused"
+    frozen = asked.model_copy(update={"freeze": ("unet.down_blocks.*",)})
+    assert disk_needs(frozen, preset)[0] < most_disk_needs(frozen, preset)[0] == most
+
+
+def test_the_table_of_tensors_is_read_without_diffusers() -> None:
+    """It takes seconds to import, and the process that starts the trainer needs it for nothing else."""
+    code = (
+        "import sys; from sdxl_core.config import TrainOptions; import sdxl_core.training.disk_guard as guard; "
+        "print(guard.most_disk_needs(TrainOptions(base_model='tiny'), 'sdxl')); sys.exit('diffusers' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and "6937675734" in ended.stdout, ended.stderr
 
 
 def test_the_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
