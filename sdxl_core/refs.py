@@ -324,6 +324,8 @@ class CatalogPartRef:
 class CatalogRef:
     """A catalog. Rows seen = rows kept + filtered + rejected; `num_records` pictures are made of the rows kept.
 
+    `num_filtered`: rows that the sources' `ratings` leave out, and the rows in other sources of the `num_taken_out`
+    pictures that these name: they are no pictures of the catalog.
     `missing`: records without image, tags, caption, facts.   `conflicts`: records for which two sources had it.
     """
 
@@ -333,6 +335,7 @@ class CatalogRef:
     num_tags: int
     num_seen: int
     num_filtered: int = 0
+    num_taken_out: int = 0
     num_rejected: int
     missing: dict[str, int]
     conflicts: dict[str, int]

@@ -42,6 +42,7 @@ def _(ref: CatalogRef) -> str:
         f"catalog: {ref.num_records:,} pictures of {ref.num_seen:,} rows, {ref.num_tags:,} tags"
         f"{rejected_text(ref.rejected, 'catalog', ref.num_rejected)}"
         + (f", {ref.num_filtered:,} of other ratings" if ref.num_filtered else "")
+        + (f" (with them {ref.num_taken_out:,} pictures of other sources)" if ref.num_taken_out else "")
         + (f"; {lacking}" if lacking else "")
         + (f"; told by several sources, the first used: {doubled}" if doubled else "")
         + f" -> {ref.path}"

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
 from sdxl_core.catalog.join import GROUPS, Joined, join_rows, keys_of, part_starts
 from sdxl_core.catalog.mapped import open_arrow, write_arrow
-from sdxl_core.catalog.parts import Part, PartWriter, rows_path, vocab_path
+from sdxl_core.catalog.parts import Part, PartWriter, left_out_path, rows_path, vocab_path
 from sdxl_core.catalog.records import MANIFEST, Catalog, joined_path
 from sdxl_core.catalog.schema import FORMAT, VOCABULARY
 from sdxl_core.catalog.sources import reader_of, resolved
@@ -59,7 +59,7 @@ def plan_catalog(config: CatalogConfig) -> list[CatalogPlanRef]:
     plans: list[CatalogPlanRef] = []
     for number, source in enumerate(config.sources):
         source = resolved(source)
-        settings = source.model_dump_json(exclude={"path"})
+        settings = source.model_dump_json(exclude={"path"}) + ("takes out" if source.ratings else "")
         for piece in reader_of(source).plan(source, work):
             digest = digest_of(FORMAT, settings, piece.digest)
             plans.append(
@@ -90,7 +90,7 @@ def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
         num_filtered=writer.num_filtered,
         num_rejected=len(refused),
     )
-    sizes = [file.stat().st_size for file in _files(path)]
+    sizes = [file.stat().st_size for file in _files(ref)]
     write_atomic(_result_path(path), orjson.dumps({"ref": to_json(ref), "sizes": sizes}))
     pa.default_memory_pool().release_unused()  # or what many parts left free in pieces adds up
     return ref
@@ -101,11 +101,12 @@ def finished_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef
     path = _part_path(config.out, plan.digest)
     try:
         stored = orjson.loads(_result_path(path).read_bytes())
-        if [file.stat().st_size for file in _files(path)] != stored["sizes"]:
+        ref = CatalogPartRef(**{**stored["ref"], "index": plan.index, "source": plan.source, "path": path})
+        if [file.stat().st_size for file in _files(ref)] != stored["sizes"]:
             return None
     except (FileNotFoundError, orjson.JSONDecodeError):
         return None
-    return CatalogPartRef(**{**stored["ref"], "index": plan.index, "source": plan.source, "path": path})
+    return ref
 
 
 def join_catalog(
@@ -139,7 +140,14 @@ def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
                 return _ref(config.out, stored)
         remove_stale_partials(config.out, name="*", recursive=True)
         opened = [Part(part.path) for part in parts]
-        joined = join_rows(opened, [part.source for part in parts])
+        left_out = [Part(left_out_path(part.path)) for part in parts if part.num_filtered]
+        joined = join_rows(opened, [part.source for part in parts], left_out)
+        if not joined.num_records:
+            filters = ", ".join(str(source.path) for source in config.sources if source.ratings)
+            raise DataError(
+                f"{filters}: `ratings` leave out every one of the {joined.num_taken_out:,} pictures that the sources "
+                f"tell of. Name more ratings, or take the setting away."
+            )
         _write_joined(config.out, identity, opened, joined)
         rows = _rejections(parts, config.sources, opened, joined)
         num_rejected = write_rejected(config.out / "rejected.jsonl", rows)
@@ -152,7 +160,8 @@ def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
             "joined": identity,
             "has_pointers": joined.pointers is not None,
             "num_seen": sum(part.num_seen for part in parts),
-            "num_filtered": sum(part.num_filtered for part in parts),
+            "num_filtered": sum(part.num_filtered for part in parts) + joined.num_rows_taken_out,
+            "num_taken_out": joined.num_taken_out,
             "num_rejected": num_rejected,
             "conflicts": joined.num_conflicts,
             "missing": _missing(opened, joined),
@@ -260,6 +269,8 @@ def _first_rejection(parts: Sequence[CatalogPartRef]) -> str:
     for part in parts:
         for row in islice(read_rejected(_rejected_path(part.path)), 1):
             return f"the first, {row.key}: {row.detail}."
+    if any(part.num_filtered for part in parts):
+        return "all that could be read are of other ratings than `ratings` names; name more, or take the setting away."
     return "the source is empty."
 
 
@@ -271,6 +282,7 @@ def _ref(out: Path, stored: dict[str, Any]) -> CatalogRef:
         num_tags=len(open_arrow(joined_path(out, stored["joined"], "vocabulary"))),
         num_seen=stored["num_seen"],
         num_filtered=stored["num_filtered"],
+        num_taken_out=stored.get("num_taken_out", 0),  # not told by a catalog that was made before it was counted
         num_rejected=stored["num_rejected"],
         missing=stored["missing"],
         conflicts=stored["conflicts"],
@@ -306,8 +318,9 @@ def _part_path(out: Path, digest: str) -> Path:
     return out / "parts" / digest[:32]
 
 
-def _files(path: Path) -> tuple[Path, ...]:
-    return rows_path(path), vocab_path(path), _rejected_path(path)
+def _files(part: CatalogPartRef) -> list[Path]:
+    left_out = [rows_path(left_out_path(part.path))] if part.num_filtered else []
+    return [rows_path(part.path), vocab_path(part.path), _rejected_path(part.path), *left_out]
 
 
 def _rejected_path(path: Path) -> Path:

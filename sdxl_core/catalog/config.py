@@ -50,7 +50,9 @@ class CatalogSource(Section):
         description="parquet, json, jsonl: sentence columns that are joined by a space; those not there are left out",
     )
     ratings: tuple[str, ...] = Field(
-        (), description="parquet, json, jsonl: only rows of these ratings, such as g, s; empty: all"
+        (),
+        description="parquet, json, jsonl: pictures that it gives another rating than these, such as g, s, or none, "
+        "leave the catalog, whichever source has their files; empty: all stay",
     )
     root_map: dict[str, str] = Field(
         {},

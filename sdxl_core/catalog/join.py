@@ -3,12 +3,14 @@
 The rule: a picture's bytes, its facts, its tags and its caption each come from the first source, in the order listed,
 that has them, and within it from its first row that has them: so the text of a picture may stand in another tar of the
 source. A further row of a key that adds nothing to what its source has told is rejected as `duplicate_key`.
+
+What any source's `ratings` leave out is no picture at all: none of its rows is used, in whatever order the sources are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -33,31 +35,77 @@ class Joined:
     """`first` and each of `GROUPS`: row number for every picture, -1 for none (int32 [num_records], in order of first).
 
     `pointers` is None where row i is picture i. `duplicates`: rows left out. `num_conflicts`: by group, pictures for
-    which more than one source had it.
+    which more than one source had it. `num_taken_out`: pictures that a source's `ratings` leave out; they had
+    `num_rows_taken_out` rows.
     """
 
     num_records: int
     pointers: dict[str, Ints] | None
     duplicates: Ints
     num_conflicts: dict[str, int]
+    num_taken_out: int = 0
+    num_rows_taken_out: int = 0
 
 
-def join_rows(parts: Sequence[Part], sources: Sequence[int]) -> Joined:
+def join_rows(parts: Sequence[Part], sources: Sequence[int], left_out: Sequence[Part] = ()) -> Joined:
     """Group the rows of all parts by key.
 
-    Args:   sources: position of the source of each part; ascending.
+    Args:   sources: position of the source of each part; ascending.   left_out: keys of what is taken out.
     About 40 bytes a row are held meanwhile, where any key occurs twice (70: within one source); 9 where none does.
+    A key of `left_out` counts as a row where a row has it.
     """
     starts = part_starts(parts)
     hashes = _of_all(parts, lambda part: part.rows["key_hash"].to_numpy(), np.uint64)
     hashes.sort()
-    if not (hashes[1:] == hashes[:-1]).any():
+    taking_out, their_hashes = _met(left_out, hashes)
+    if not len(taking_out) and not (hashes[1:] == hashes[:-1]).any():
         return Joined(len(hashes), None, np.zeros(0, np.int64), dict.fromkeys(GROUPS, 0))
     hashes = _of_all(parts, lambda part: part.rows["key_hash"].to_numpy(), np.uint64)  # in their order
-    order, group_starts = group_equal(hashes, lambda rows: keys_of(parts, starts, rows))
+    num_rows = len(hashes)
+    all_parts = [*parts, *left_out]
+    all_starts = part_starts(all_parts)
+
+    def names(rows: Ints) -> list[str]:
+        rows, behind = rows.astype(np.int64), rows >= num_rows
+        rows[behind] = taking_out[rows[behind] - num_rows] + num_rows
+        return keys_of(all_parts, all_starts, rows)
+
+    if len(taking_out):
+        hashes = np.concatenate([hashes, their_hashes])
+    order, group_starts = group_equal(hashes, names)
     del hashes
+    taken = (0, 0)
+    if len(taking_out):
+        order, group_starts, taken = _without_taken_out(order, group_starts, num_rows)
     source_of = np.repeat(np.asarray(sources, np.int16), np.diff(starts))
-    return _joined(order, group_starts, source_of, _flags(parts))
+    joined = _joined(order, group_starts, source_of, _flags(parts))
+    return replace(joined, num_taken_out=taken[0], num_rows_taken_out=taken[1])
+
+
+def _met(left_out: Sequence[Part], hashes: Ints) -> tuple[Ints, Ints]:
+    """The rows of `left_out`, by number, whose hash is among these sorted ones, and their hashes."""
+    found, values = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for part, start in zip(left_out, part_starts(left_out), strict=False):
+        own = part.rows["key_hash"].to_numpy()
+        order = np.argsort(own)  # a search in order is many times quicker
+        own = own[order]
+        places = np.minimum(np.searchsorted(hashes, own), len(hashes) - 1)
+        there = hashes[places] == own
+        found.append(order[there] + start)
+        values.append(own[there])
+        part.forget()
+    return np.concatenate(found), np.concatenate(values)
+
+
+def _without_taken_out(order: Ints, group_starts: Ints, num_rows: int) -> tuple[Ints, Ints, tuple[int, int]]:
+    """The groups that no row from `num_rows` on belongs to; and how many others there are, of how many rows."""
+    sizes = np.diff(group_starts, append=len(order))
+    is_out = np.logical_or.reduceat(order >= num_rows, group_starts)
+    stays = np.repeat(~is_out, sizes)
+    num_rows_out = int(np.count_nonzero(order[~stays] < num_rows))
+    num_out = int(np.count_nonzero(order[group_starts[is_out]] < num_rows))  # ascending within a group
+    ends = np.cumsum(sizes[~is_out])
+    return order[stays], ends - sizes[~is_out], (num_out, num_rows_out)
 
 
 def group_equal(hashes: Ints, keys: Callable[[Ints], list[str]]) -> tuple[Ints, Ints]:

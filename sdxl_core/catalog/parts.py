@@ -42,7 +42,8 @@ class PartWriter:
         self._num_met = 0
         self._batches: list[pa.RecordBatch] = []
         self.num_rows = 0
-        self.num_filtered = 0  # rows that the source's own settings leave out; the reader counts them
+        self.num_filtered = 0  # rows that the source's `ratings` leave out
+        self._left_out: list[pa.Array] = []  # keys of such rows
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +52,8 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
+            if self.num_filtered:
+                _write_left_out(left_out_path(self._path), self._left_out)
             vocabulary, ids = self._unified()
             rows = pa.Table.from_batches(self._batches, schema=ROWS).combine_chunks().to_batches()
             batch = rows[0] if rows else pa.RecordBatch.from_pylist([], schema=ROWS)
@@ -81,6 +84,14 @@ class PartWriter:
             )
         )
         self.num_rows += num_rows
+
+    def leave_out(self, keys: pa.Array) -> None:
+        """Rows that the source's `ratings` leave out: what has these keys leaves the catalog, whoever else tells of it.
+
+        Args:   keys: texts; null for a row that names no picture.
+        """
+        self.num_filtered += len(keys)
+        self._left_out.append(keys.drop_null().cast(pa.string()))
 
     def _tag_ids(self, columns: Sequence[TagColumn], num_rows: int) -> pa.ListArray:
         if not columns:
@@ -151,6 +162,11 @@ class Part:
         return map_arrow(vocab_path(self.path))
 
 
+def left_out_path(path: Path) -> Path:
+    """Where the keys are that a part takes out of the catalog: a `Part` whose rows have `key` and `key_hash` only."""
+    return path.with_name(f"{path.name}.left_out")
+
+
 def rows_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.rows.arrow")
 
@@ -191,6 +207,11 @@ def _powers(length: int) -> tuple[tuple[int, ...], int]:
     """The first powers of the hash's step, modulo 2**64, and their sum."""
     powers = tuple(int(pow(int(_HASH_STEP), number, 2**64)) for number in range(1, length + 1))
     return powers, sum(powers)
+
+
+def _write_left_out(path: Path, keys: Sequence[pa.Array]) -> None:
+    texts = pa.concat_arrays(keys)
+    write_arrow(rows_path(path), pa.RecordBatch.from_arrays([texts, key_hashes(texts)], names=["key", "key_hash"]))
 
 
 def _lists(lengths: Ints, values: Ints, unknown: pa.Array) -> pa.ListArray:

@@ -3,6 +3,7 @@
 A catalog is a folder:
     catalog.json                 which parts, in which order; written last
     parts/DIGEST.rows.arrow      one row a picture of one source (Arrow IPC, uncompressed, memory-mapped), immutable
+    parts/DIGEST.left_out.rows.arrow   keys of the rows that `ratings` leave out, where there are any
     parts/DIGEST.vocab.arrow     the tags of that part: `rows.tags` are positions in it
     joined/DIGEST.*.arrow        all tags with category and count; part tag -> tag; and which rows make up each picture,
                                  where several sources describe it or a source names one twice

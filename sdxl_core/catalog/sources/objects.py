@@ -38,6 +38,7 @@ class Rows:
         self._source, self._writer = source, writer
         self._ratings = {RATING_CODES[word] for word in source.ratings}
         self._rows: list[dict[str, Any]] = []
+        self._left_out: list[str] = []  # keys of rows of other ratings
         self.refused: list[Rejected] = []
 
     def add(self, name: str | None, entry: object, *, place: str) -> None:
@@ -49,7 +50,7 @@ class Rows:
             key = picture_key(name, self._source.root_map)
             row: dict[str, Any] = {"key": key, **_facts(entry)}
             if self._ratings and row["rating"] not in self._ratings:
-                self._writer.num_filtered += 1
+                self._left_out.append(key)
                 return
             row["tags"], row["raw_tags"] = _tags(entry) if "tags" in self._source.use else (None, None)
             row["caption"] = _caption(entry, self._source.caption_columns)
@@ -69,6 +70,9 @@ class Rows:
 
     def flush(self) -> None:
         """Give the writer what was taken."""
+        if self._left_out:
+            self._writer.leave_out(prefixed(self._source.prefix, pa.array(self._left_out, pa.string())))
+            self._left_out = []
         rows, self._rows = self._rows, []
         if not rows:
             return

@@ -72,7 +72,7 @@ def ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def read(source: CatalogSource, payload: dict[str, Any], writer: PartWriter) -> list[Rejected]:
-    """Read a range of rows. Rows of other ratings than `source.ratings` are counted as filtered."""
+    """Read a range of rows. Rows of other ratings than `source.ratings` are left out."""
     path, start, stop = source.path / payload["file"], payload["start"], payload["stop"]
     refused: list[Rejected] = []
     with _stream_at(path, source, start) as stream:
@@ -87,14 +87,14 @@ def _add(
     batch: pa.RecordBatch, columns: Columns, source: CatalogSource, writer: PartWriter, place: str, start: int
 ) -> list[Rejected]:
     """Give the writer a batch's rows; those that cannot be used are returned. `start`: number of the first row."""
-    num_seen = batch.num_rows
-    numbers = np.arange(start, start + num_seen)
+    numbers = np.arange(start, start + batch.num_rows)
     facts = {name: _fact(name, field_of(batch, column)) for name, column in columns.facts.items()}
     if source.ratings:
         wanted = pc.is_in(facts["rating"], pa.array({RATING_CODES[word] for word in source.ratings}, pa.uint8()))
+        keys, _ = _keys(field_of(batch.filter(pc.invert(wanted)), columns.id), source)
+        writer.leave_out(pc.if_else(pc.equal(keys, ""), None, prefixed(source.prefix, keys)))
         batch, numbers = batch.filter(wanted), numbers[np.asarray(wanted)]
         facts = {name: fact.filter(wanted) for name, fact in facts.items()}
-        writer.num_filtered += num_seen - batch.num_rows
     keys, problems = _keys(field_of(batch, columns.id), source)
     rows = {**facts, "id": integers(field_of(batch, columns.id), pa.int64())}
     tags = [TagColumn(code, _tags(batch, column, problems)) for code, column in columns.tags]
