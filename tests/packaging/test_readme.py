@@ -39,8 +39,8 @@ def test_every_command_of_the_readme_works_as_printed(checkout: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-3000:]}"
         if command == "make demo":
-            shown = re.findall(r"^(?:drew|subset|merge|latents|look|curves).*", README, re.MULTILINE)
-            assert len(shown) == 6 and set(shown) <= set(done.stdout.splitlines())
+            shown = re.findall(r"^(?:drew|subset|merge|latents|look|from|curves).*", README, re.MULTILINE)
+            assert len(shown) == 7 and set(shown) <= set(done.stdout.splitlines())
     for name in ("model/last.safetensors", "report.html", "run.json", "meta_lat.json", "rejected.jsonl"):
         assert (checkout / "out" / "demo" / name).is_file(), name
     assert len(list((checkout / "out" / "mine" / "latents").glob("*.npz"))) == 36
