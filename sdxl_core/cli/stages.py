@@ -46,7 +46,9 @@ STAGES = {
         False,
         "describe a collection in one memory-mapped table",
     ),
-    "subset": Stage(SubsetConfig, "sdxl_core.subset.stage:subset", False, "pick pictures by tags: a list of them, copies or links"),
+    "subset": Stage(
+        SubsetConfig, "sdxl_core.subset.stage:subset", False, "pick pictures by tags: a list of them, copies or links"
+    ),
     "statistics": Stage(
         StatisticsConfig,
         "sdxl_core.statistics.stage:statistics",
