@@ -75,7 +75,10 @@ class KnownFiles:
 
 @contextmanager
 def known_files(out: Path, ledgers: Iterable[Ledger]) -> Iterator[KnownFiles]:
-    """What the ledgers say, as long as the block lasts: 0.1 kB a file beside the ledgers on disk."""
+    """What the ledgers say, as long as the block lasts: 0.1 to 0.2 kB a file beside the ledgers on disk.
+
+    Raises: DiskFullError, DataError (no permission).
+    """
     path = Path(partial_path(work_folder(out).absolute() / "known"))
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
