@@ -23,6 +23,7 @@ class Service:
     def __init__(self, folder: Path) -> None:
         self.port, self.curves_port = free_ports(2)
         self.folder, self.database_url = folder, ""
+        self.lost_runs: tuple[UUID, ...] = ()
         self.environment = os.environ | {
             "PREFECT_HOME": str(folder / "prefect"),
             "SDXL_FLOWS_HOME": str(folder / "home"),

@@ -93,3 +93,24 @@ def cancel(service: Service, run: UUID) -> float:
     seconds = time.monotonic() - started
     service.wait_for(run, "Cancelled")
     return seconds
+
+
+def lose_runs(service: Service, folder: Path) -> tuple[UUID, UUID]:
+    """Two runs that are at work as far as the server knows, and have no process: one is resumed, the other is not."""
+    from prefect.states import Running
+
+    from flows.service.automations import expect_signs_of_life
+
+    (folder / "a.png").write_bytes(b"never opened by merging")
+    (folder / "a.txt").write_text("1girl")
+    merging = {"source": str(folder), "out": str(folder / "m.json")}
+
+    def lost(deployment: str, config: dict[str, str]) -> UUID:
+        found = client.read_deployment_by_name(deployment).id
+        run = client.create_flow_run_from_deployment(found, parameters={"config": config}, state=Running())
+        return UUID(str(run.id))
+
+    with service.client() as client:
+        runs = lost("merge-tags/merge-tags", merging), lost("verify-latents/verify-latents", {"path": str(folder)})
+        expect_signs_of_life(client)
+    return runs

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.postgres import missing, postgres
 from support.service import Service
-from support.system_runs import latents_config, latents_of
+from support.system_runs import latents_config, latents_of, lose_runs
 
 from sdxl_core.demo import draw_samples
 from sdxl_core.latents.cache import cache_latents
@@ -19,6 +19,7 @@ from sdxl_core.latents.cache import cache_latents
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with running(tmp_path_factory.mktemp("service")) as service:
+        service.lost_runs = lose_runs(service, tmp_path_factory.mktemp("lost"))
         yield service
 
 

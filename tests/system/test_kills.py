@@ -40,28 +40,6 @@ def kill(pids: set[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lost_runs(service: Service, tmp_path_factory: pytest.TempPathFactory) -> dict[str, UUID]:
-    """Two runs that are at work as far as the server knows, and whose machine is gone: the second is not resumed."""
-    from prefect.states import Running
-
-    from flows.service.automations import expect_signs_of_life
-
-    folder = tmp_path_factory.mktemp("lost")
-    (folder / "a.png").write_bytes(b"never opened by merging")
-    (folder / "a.txt").write_text("1girl")
-    merging = {"source": str(folder), "out": str(folder / "m.json")}
-    wanted = {"merge-tags/merge-tags": merging, "verify-latents/verify-latents": {"path": str(folder)}}
-    with service.client() as client:
-        found = {name: client.read_deployment_by_name(name).id for name in wanted}
-        runs = {
-            name: client.create_flow_run_from_deployment(found[name], parameters={"config": config}, state=Running()).id
-            for name, config in wanted.items()
-        }
-        expect_signs_of_life(client)
-    return runs
-
-
 def replaced(pids: Callable[[], set[int]], killed: set[int], *, what: str) -> None:
     wait_until(lambda: pids() - killed, timeout_s=120, what=f"a new {what}")
 
@@ -159,15 +137,3 @@ def test_a_killed_and_a_cancelled_trainer_end_with_the_weights_of_an_undisturbed
     assert tensors_of(config.out) == tensors_of(
         launch_training(to_train(tmp_path / "undisturbed")).file.path.parents[1]
     )
-
-
-def test_runs_whose_heartbeat_stopped_have_crashed_and_the_tagged_one_is_done(
-    service: Service, lost_runs: dict[str, UUID]
-) -> None:
-    """Nobody told of their deaths. They were lost when this file's first test began, and counted while others ran."""
-    resumed, left = lost_runs["merge-tags/merge-tags"], lost_runs["verify-latents/verify-latents"]
-    service.wait_for(resumed, "Completed", timeout_s=240)
-    assert [name for name in names_of(service, resumed) if name in ("Crashed", "AwaitingRetry")] == [
-        "Crashed", "AwaitingRetry",
-    ]  # fmt: skip
-    assert names_of(service, left)[-1] == "Crashed"
