@@ -138,7 +138,7 @@ def show_failed_shards(reasons: dict[int, str], *, num_shards: int) -> None:
     lines = [f"# {len(reasons)} of {num_shards} shards failed", "", "The others are finished and kept.", ""]
     lines += [f"* shard {number}: {reason}" for number, reason in reasons.items()]
     only = list(reasons) if runtime.flow_run.flow_name == "cache-latents" else []  # which has the parameter
-    link = _run_again_link(only)
+    link = run_again_link(only)
     again = f"[start these shards again]({link})" if link else "start the same run again"
     names = f"only_shards = {','.join(str(number) for number in only)}"
     how = f"`{names}`: the others are not looked at" if only else "finished shards are answered as `Cached`"
@@ -148,7 +148,7 @@ def show_failed_shards(reasons: dict[int, str], *, num_shards: int) -> None:
     )
 
 
-def _run_again_link(only_shards: list[int]) -> str:
+def run_again_link(only_shards: list[int]) -> str:
     """The form of the run that a person or a schedule has started, filled in as it was; "" without a deployment.
 
     Args: only_shards: what its parameter of this name is set to, none: it is left as it was.

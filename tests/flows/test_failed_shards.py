@@ -1,6 +1,9 @@
 """Shards that fail for good are listed with their reasons, and the next run works on them alone."""
 
+import json
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from support.runs import task_states
@@ -39,3 +42,31 @@ def test_failed_shards_are_listed_and_only_they_are_run_again(tmp_path: Path) ->
     assert merge_tags(config) == first
     states = task_states("merge-tags")
     assert (states["merge-shard: Completed"], states["merge-shard: Cached"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"config": {"out": "o", "only_shards": [1, 2, 3]}}, {"config": {"out": "o", "only_shards": [2]}}),
+        ({"job": {"out": "o"}}, {"job": {"out": "o", "latents": {"only_shards": [2]}}}),
+        ({"job": {"latents": {"dtype": "float16"}}}, {"job": {"latents": {"dtype": "float16", "only_shards": [2]}}}),
+    ],
+)
+def test_the_link_sets_the_parameter_where_the_started_run_has_it(
+    parameters: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+
+    from tasks.artifacts import run_again_link
+
+    @flow
+    def anything(**parameters: Any) -> None: ...
+
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(anything), name="of a test")
+        run = client.create_flow_run_from_deployment(deployment, parameters=parameters)
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ROOT_FLOW_RUN_ID", str(run.id))
+    link, _, filled_in = run_again_link([2]).partition("?parameters=")
+    assert link == f"/deployments/deployment/{deployment}/run"
+    assert json.loads(unquote(unquote(filled_in))) == expected
