@@ -30,9 +30,8 @@ def merge(source: object, out: object) -> MergeTagsConfig:
 
 def test_paths_inside_are_taken(roots: Path) -> None:
     merge(roots / "data" / "in", roots / "data" / "new" / "m.json")
-    check(
-        CacheLatentsConfig, dict.fromkeys(("source", "metadata", "out"), str(roots / "data")), where="here"
-    )  # vae: tiny
+    paths = dict.fromkeys(("source", "metadata", "out"), str(roots / "data"))
+    check(CacheLatentsConfig, paths | {"vae": "tiny"}, where="here")
 
 
 @pytest.mark.parametrize("path", ["secret/in", "data/../secret", "data-more", "data/link/in", "/etc", "data/link"])
@@ -56,7 +55,7 @@ def test_paths_in_lists_sections_and_model_names_are_judged_too(roots: Path) -> 
 
 def test_another_ray_cluster_than_the_one_of_whoever_runs_the_service_is_refused(roots: Path) -> None:
     """What it answers can run as code."""
-    paths = dict.fromkeys(("source", "metadata", "out"), str(roots / "data"))
+    paths = dict.fromkeys(("source", "metadata", "out"), str(roots / "data")) | {"vae": "tiny"}
     with pytest.raises(ConfigError, match=r"ray_address = evil:6379: .*write auto"):
         check(CacheLatentsConfig, paths | {"engine": "ray", "ray_address": "evil:6379"}, where="here")
     check(CacheLatentsConfig, paths | {"engine": "ray", "ray_address": "auto"}, where="here")
