@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from sdxl_core.refs import ShardRef
 from sdxl_core.subset.manifest import ROWS, write_manifest
 
 SHARD_SIZE, COMMIT_SIZE, TAR_ROWS, NUM_BUCKETS = 16_384, 4_096, 10_000, 25
+PARTS = os.cpu_count() or 1
 BYTES_A_ROW = 2 * 4 * 128 * 128
 AIM_S = 10  # asked for: resuming 12.4 million finished pictures
 
@@ -40,10 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, nargs="?", help="a folder for the sets (default: one that is removed)")
     parser.add_argument("--rows", type=int, default=12_400_000)
-    parser.add_argument("--step", choices=["plan", "ledgers", "join", "look"])
+    parser.add_argument("--step", choices=["manifest", "metadata", "plan", "ledgers", "join", "look"])
+    parser.add_argument("--part", type=int, default=0)
     options = parser.parse_args()
     if options.step:
-        STEPS[options.step](config_of(options.work, options.rows))
+        STEPS[options.step](config_of(options.work, options.rows), options)
         return
     print(f"{machine()}; load before: {Path('/proc/loadavg').read_text().split()[0]}\n")
     print("| pictures | packed files | step | wall, s | cpu, s | private, MiB | with mapped pages, MiB |")
@@ -69,11 +71,12 @@ def measure(work: Path, rows: int) -> tuple[Cost, str]:
     """The cost of resuming, and what is said of a missing and a shortened file."""
     config = config_of(work, rows)
     if not (config.out / "meta_lat.json").exists():
-        make_inputs(config, rows)
-        for step in ("plan", "ledgers", "join"):
-            cost = cost_of([sys.executable, __file__, str(work), "--rows", str(rows), "--step", step])
-            if step != "ledgers":
-                row(rows, None, {"plan": "first plan", "join": "join: meta_lat.json and index"}[step], cost)
+        shutil.rmtree(config.out, ignore_errors=True)
+        config.out.mkdir(parents=True)
+        at_once(step_of(work, rows, "manifest"), step_of(work, rows, "metadata"))
+        row(rows, None, "first plan", cost_of(step_of(work, rows, "plan")))
+        at_once(*(step_of(work, rows, "ledgers", part) for part in range(PARTS)))
+        row(rows, None, "join: meta_lat.json and index", cost_of(step_of(work, rows, "join")))
     files = sum(1 for _ in (config.out / "latents" / "packed").glob("*/*.npz"))
     command = [
         sys.executable, "-m", "sdxl_core.cli", "cache-latents", "--source", str(config.source), "--manifest",
@@ -86,12 +89,23 @@ def measure(work: Path, rows: int) -> tuple[Cost, str]:
     sizes = [path.stat() for path in victims]
     victims[0].unlink()
     os.truncate(victims[1], sizes[1].st_size - 1)
-    look = [sys.executable, __file__, str(work), "--rows", str(rows), "--step", "look"]
-    told = subprocess.check_output(look, text=True).strip()
+    told = subprocess.check_output(step_of(work, rows, "look"), text=True).strip()
     print(f"| {rows:,} | {files:,} | one file gone, one shortened: {told} | | | | |")
     for path, status in zip(victims, sizes, strict=True):
         sparse(path, status.st_size, status.st_mtime_ns)
     return costs[1], told
+
+
+def step_of(work: Path, rows: int, step: str, part: int = 0) -> list[str]:
+    """The command of a step, or of a part of it."""
+    return [sys.executable, __file__, str(work), "--rows", str(rows), "--step", step, "--part", str(part)]
+
+
+def at_once(*commands: Sequence[str]) -> None:
+    """What is not measured has all cores."""
+    for process in [subprocess.Popen(command) for command in commands]:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 def row(rows: int, files: int | None, step: str, cost: Cost) -> None:
@@ -108,10 +122,9 @@ def config_of(work: Path, rows: int) -> CacheLatentsConfig:
     )  # fmt: skip
 
 
-def make_inputs(config: CacheLatentsConfig, rows: int) -> None:
-    """A manifest of pictures in tars, and a metadata JSON in its order."""
-    shutil.rmtree(config.out, ignore_errors=True)
-    config.out.mkdir(parents=True)
+def make_manifest(config: CacheLatentsConfig, options: argparse.Namespace) -> None:
+    """Pictures in tars."""
+    rows = options.rows
 
     def batches() -> Iterator[pa.RecordBatch]:
         for start in range(0, rows, 65_536):
@@ -129,21 +142,25 @@ def make_inputs(config: CacheLatentsConfig, rows: int) -> None:
     write_manifest(
         config.manifest, batches(), catalog=config.source, catalog_digest="0", query="", roots=[config.source]
     )
+
+
+def make_metadata(config: CacheLatentsConfig, options: argparse.Namespace) -> None:
+    """A metadata JSON in the order of the manifest."""
     with open(config.metadata, "w") as file:
-        for number in range(rows):
+        for number in range(options.rows):
             comma = "{" if number == 0 else ","
             file.write(f'{comma}\n  "{number}": {{\n    "tags": "1girl, solo, tag {number % 997}"\n  }}')
         file.write("\n}")
 
 
-def make_ledgers(config: CacheLatentsConfig) -> None:
+def make_ledgers(config: CacheLatentsConfig, options: argparse.Namespace) -> None:
     """What encoding leaves: a sparse file for each bucket of each commit group, and a line about them."""
     table = BucketTable.from_options(BucketOptions(max_bucket_px=1024)).buckets
     buckets = table[:NUM_BUCKETS]
     for folder in {f"{bucket.width_px}x{bucket.height_px}" for bucket in buckets}:
         (config.out / "latents" / "packed" / folder).mkdir(parents=True, exist_ok=True)
     crops = [crop_ltrb(bucket, width_px=1000, height_px=1200) for bucket in buckets]
-    for shard in plan_latents(config).shards:
+    for shard in plan_latents(config).shards[options.part :: PARTS]:
         ledger = ShardLedger.read(shard.path, shard.stop - shard.start)
         for number, start in enumerate(range(0, shard.stop - shard.start, COMMIT_SIZE)):
             rows = np.arange(start, min(start + COMMIT_SIZE, shard.stop - shard.start))
@@ -179,7 +196,7 @@ def sparse(path: Path, size: int, mtime_ns: int | None = None) -> int:
     return path.stat().st_mtime_ns
 
 
-def look(config: CacheLatentsConfig) -> None:
+def look(config: CacheLatentsConfig, _: argparse.Namespace) -> None:
     started = time.perf_counter()
     plan = plan_latents(config)
     left = [shard.index for shard in plan.shards if shard_is_finished(shard, config) is None]
@@ -187,9 +204,11 @@ def look(config: CacheLatentsConfig) -> None:
 
 
 STEPS = {
-    "plan": plan_latents,
+    "manifest": make_manifest,
+    "metadata": make_metadata,
+    "plan": lambda config, _: plan_latents(config),
     "ledgers": make_ledgers,
-    "join": lambda config: join_latents(config, plan_latents(config)),
+    "join": lambda config, _: join_latents(config, plan_latents(config)),
     "look": look,
 }
 
