@@ -153,6 +153,11 @@ def _acquire(path: Path, purpose: str, wait_s: float) -> str:
             _take_away(path, holder)
             continue
         if time.monotonic() >= deadline:
+            if not holder:
+                raise LockedError(
+                    f"{path.parent}: {path.name} in it cannot be read, so it is not known who works on it. The "
+                    f"lock counts until it was not touched for {ABANDONED_AFTER_S:.0f} s; if nobody does, delete it."
+                )
             run = str(holder.get("run", ""))
             raise LockedError(
                 f"{path.parent}: {holder.get('purpose')} is working on it since {holder.get('since')} (process "

@@ -147,8 +147,8 @@ def stored_config(latents: Path) -> CacheLatentsConfig:
                 f"takes what is whole."
             ) from error
         raise DataError(
-            f"{path}: gone or damaged, so it is not known how to encode again what is bad. Run cache-latents with its "
-            f"parameters instead: it encodes what was taken out."
+            f"{path}: gone or damaged, so it is not known how to encode again what is bad; nothing was taken out. Run "
+            f"cache-latents with its parameters once, which keeps them and encodes nothing that is there, then this."
         ) from error
     return config.model_copy(update={"out": latents.parent})
 

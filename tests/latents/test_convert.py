@@ -163,6 +163,7 @@ def test_nothing_good_and_nothing_there_are_errors(tmp_path: Path) -> None:
     (tmp_path / "latents").mkdir()
     with pytest.raises(DataError, match=r"holds no \.npz"):
         import_latents(ImportLatentsConfig(path=tmp_path / "latents"))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "latents"], "a folder of anything else stays as it was"
     (tmp_path / "latents" / "a.npz").write_bytes(b"PK")
     with pytest.raises(DataError, match="none of its 1 latents"):
         import_latents(ImportLatentsConfig(path=tmp_path / "latents"))

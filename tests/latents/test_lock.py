@@ -81,6 +81,16 @@ def test_a_lock_of_another_machine_counts_until_its_heartbeat_is_old(
         assert "elsewhere" not in path.read_text()
 
 
+def test_a_lock_that_cannot_be_read_counts_while_it_is_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.2)
+    (tmp_path / LOCK_NAME).write_bytes(b"garbage")
+    with pytest.raises(LockedError, match=r"cannot be read, .* delete it"), output_lock(tmp_path, purpose="mine"):
+        pass
+    os.utime(tmp_path / LOCK_NAME, (time.time() - 120, time.time() - 120))
+    with output_lock(tmp_path, purpose="mine"):
+        assert "mine" in (tmp_path / LOCK_NAME).read_text()
+
+
 @pytest.mark.parametrize("other", [{"boot": "another"}, {"pid_namespace": "pid:[1]"}])
 def test_a_process_id_of_another_boot_or_container_proves_nothing(tmp_path: Path, other: dict[str, object]) -> None:
     far_lock(tmp_path, **other)

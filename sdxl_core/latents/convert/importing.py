@@ -71,14 +71,14 @@ def import_latents(config: ImportLatentsConfig, *, progress: Progress = no_progr
     latents = config.path
     if not latents.is_dir():
         raise ConfigError(f"path = {latents}: there is no such folder. Name the one that holds the .npz files.")
+    if next(BareCache(latents).files(), None) is None:
+        raise DataError(f"{latents}: holds no .npz file of latents. Name the folder that sd-scripts cached them in.")
     with output_lock(latents, purpose=STAGE):
         work = _Import(config, _remember(latents), progress)
         with suppress(_NothingGood):
             work.run()
         rejected = latents.parent / "rejected.jsonl"
         update_rejected(rejected, STAGE, work.rejected)
-        if not work.num_seen:
-            raise DataError(f"{latents}: holds no .npz file of latents.")
         if not work.num_kept:
             raise DataError(
                 f"{latents}: none of its {work.num_seen} latents can be used; {rejected} tells why each was refused."
