@@ -19,14 +19,20 @@ from pathlib import Path
 
 MARK = "SDXL_FLOWS_RAY"  # in the environment of all that belongs to one Ray: its folder
 GIVE_UP_AFTER_S = 30.0
+QUIET_S = 1.0  # after a sudden death: what was being started shows itself
 
 
 @contextmanager
 def guarded(folder: str) -> Iterator[None]:
     """While inside, the Ray of `folder` cannot outlive this process; afterwards, nothing of it is there."""
     command = [sys.executable, "-I", "-S", __file__, folder]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/"):  # leaving: its end awaited
-        yield
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/") as guard:
+        try:
+            yield
+        finally:
+            assert guard.stdin is not None
+            with suppress(BrokenPipeError):  # somebody has ended it
+                os.write(guard.stdin.fileno(), b"Ray was shut down")  # leaving closes the pipe, and waits for its end
 
 
 @contextmanager
@@ -50,17 +56,23 @@ def processes_of(folder: str) -> list[int]:
     return found
 
 
-def end(folder: str) -> None:
-    """SIGKILL to all of it, until none has started another; its folder goes too."""
-    deadline = time.monotonic() + GIVE_UP_AFTER_S
-    while (left := processes_of(folder)) and time.monotonic() < deadline:
+def end(folder: str, *, quiet_s: float) -> None:
+    """SIGKILL to all of it, until none was seen for `quiet_s` seconds; its folder goes too.
+
+    One that is just being started may be overlooked: a process has no environment while it changes into a program.
+    """
+    now = started = seen = time.monotonic()
+    while now - seen <= quiet_s and now - started < GIVE_UP_AFTER_S:
+        left = processes_of(folder)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+        now = time.monotonic()
+        seen = now if left else seen
     shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.stdin.buffer.read()
-    end(sys.argv[1])
+    was_shut_down = bool(sys.stdin.buffer.read())
+    end(sys.argv[1], quiet_s=0.0 if was_shut_down else QUIET_S)

@@ -151,7 +151,7 @@ def test_a_ray_of_its_own_listens_on_loopback_and_dies_with_a_killed_driver(
         driver.kill()
     assert addresses and addresses <= {"127.0.0.1"}, addresses
     assert is_gone(actor)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while marked(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not marked(str(tmp_path)) and not list(short.iterdir())
@@ -170,7 +170,7 @@ def test_a_ray_of_its_own_dies_with_a_driver_that_is_killed_while_it_starts(shor
             time.sleep(0.01)
         driver.kill()
     assert driver.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while marked(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not marked(str(tmp_path)) and not list(short.iterdir())
