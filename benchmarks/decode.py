@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.made_pictures import KINDS, made_file
-from benchmarks.measure import Aim, aims_table, machine
+from benchmarks.measure import Aim, aims_table, machine, titled
 from sdxl_core.buckets import BucketTable
 from sdxl_core.config import LatentsOptions
 from sdxl_core.images.decode import decode_pixels, read_header
@@ -157,7 +157,7 @@ def main() -> None:
     text = "\n".join([*lines, "", *aims_table(aims), "", machine(), ""])
     print(text)
     if arguments.out:
-        arguments.out.write_text(text)
+        arguments.out.write_text(titled("Preparation of pictures against Pillow + OpenCV", text))
 
 
 if __name__ == "__main__":

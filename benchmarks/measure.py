@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +103,12 @@ def aims_table(aims: Sequence[Aim]) -> list[str]:
     """Lines of a markdown table."""
     lines = ["| what | asked for | found | holds |", "|---|---|---|---|"]
     return [*lines, *(f"| {one.what} | {one.asked} | {one.found} | {'yes' if one.holds else 'NO'} |" for one in aims)]
+
+
+def titled(title: str, text: str) -> str:
+    """A page of a benchmark that runs as a module: title, command, date, what it measured."""
+    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return f"# {title}\n\n`{command}`, {date.today()}\n\n{text}"
 
 
 def renew(page: Path, top: str) -> None:
