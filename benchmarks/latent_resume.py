@@ -80,7 +80,8 @@ def measure(work: Path, rows: int) -> tuple[Cost, str]:
     files = sum(1 for _ in (config.out / "latents" / "packed").glob("*/*.npz"))
     command = [
         sys.executable, "-m", "sdxl_core.cli", "cache-latents", "--source", str(config.source), "--manifest",
-        str(config.manifest), "--metadata", str(config.metadata), "--out", str(config.out), "--layout", "packed",
+        str(config.manifest), "--metadata", str(config.metadata), "--out", str(config.out), "--vae", "tiny", "--layout",
+        "packed",
         "--shard-size", str(SHARD_SIZE), "--commit-size", str(COMMIT_SIZE),
     ]  # fmt: skip
     costs = sorted((cost_of(command) for _ in range(3)), key=lambda cost: cost.wall_s)

@@ -40,7 +40,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(make_job: Any, tmp_path: P
     calm = config.model_copy(update={"out": tmp_path / "calm"})
     cache_latents(calm)
     options = (
-        f"--source {config.source} --metadata {config.metadata} --out {disk} --commit-size 4 --devices cpu "
+        f"--source {config.source} --metadata {config.metadata} --out {disk} --vae tiny --commit-size 4 --devices cpu "
         "--resolution-px 64 --min-bucket-px 32 --max-bucket-px 128 --bucket-step-px 32"
     )
     environment = os.environ | {
