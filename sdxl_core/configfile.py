@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,30 +65,75 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def check(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
-    """Build a config from plain values. `where`: what to call the source of the values in an error.
+def check(model: type[M], values: Mapping[str, Any], *, where: str, overrides: Sequence[str] = ()) -> M:
+    """Build a config from plain values.
 
-    Raises: ConfigError: one line a wrong value, with its key, the value and what is allowed.
+    Args:   where: what to call the source of the values in an error.   overrides: those in `values` that `--set` gave.
+    Raises: ConfigError: one line a wrong value, with where it was given, its key, the value and what is allowed.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(model, detail) for detail in error.errors()]
-        raise ConfigError(f"{where}: " + "\n  ".join(lines)) from error
+        lines: dict[str, list[str]] = {}
+        for detail in error.errors():
+            lines.setdefault(_given_in(detail, where, overrides), []).append(_explain(model, detail))
+        raise ConfigError("\n".join(f"{place}: " + "\n  ".join(told) for place, told in lines.items())) from error
+
+
+def _given_in(detail: ErrorDetails, where: str, overrides: Sequence[str]) -> str:
+    """What gave the wrong value: a `--set`, what `where` names, or both (where values contradict each other)."""
+    key = [str(part) for part in detail["loc"]]
+    beside: list[str] = []
+    for override in reversed(overrides):  # the last one wins
+        changed = override.partition("=")[0].strip().replace("-", "_").split(".")
+        if detail["type"] != "missing" and changed == key[: len(changed)]:
+            return f"--set {override}"
+        if key == changed[: len(key)]:
+            beside.insert(0, f"--set {override}")
+    return " with ".join([where, *beside])
 
 
 def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
     parts = [str(part) for part in detail["loc"]]
     key = ".".join(parts) or "the whole"
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, list(_all_keys(model)), n=1, cutoff=0.6)
-        return f"{key}: there is no such parameter." + (f" Did you mean {near[0]}?" if near else "")
+        near = similar_keys(key, list(_all_keys(model)))
+        return f"{key}: there is no such parameter." + (f" Did you mean {' or '.join(near)}?" if near else "")
     if detail["type"] == "missing":
         return f"{key}: is needed and was not given."
     message = detail["msg"].removeprefix("Value error, ")
     if not parts or isinstance(detail["input"], dict):
         return f"{key}: {message}" if parts else message
     return f"{key} = {detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def similar_keys(key: str, known: Sequence[str]) -> list[str]:
+    """At most three of the known keys that a wrong one may stand for; the first rule that finds any decides.
+
+    sd-scripts' name for it; the initials of its words (lr: learning_rate); a near spelling; words in common.
+    """
+    from sdxl_core.sd_scripts.options import option_table
+
+    section, _, name = key.rpartition(".")
+    option = option_table().get(name)
+    meant = {option.to, option.to.rpartition(".")[2]} if option is not None and option.to else set()
+    beginning = f"{section}." if section else ""
+    last = {other: other.rpartition(".")[2] for other in known if other.startswith(beginning)}
+    last = last or {other: other.rpartition(".")[2] for other in known}
+    initials = {other: "".join(word[0] for word in text.split("_")) for other, text in last.items()}
+    near = difflib.get_close_matches(name, last.values(), n=1, cutoff=0.7)
+    words = set(name.split("_"))
+    common = {other: len(words & set(text.split("_"))) for other, text in last.items()}
+    rules = (
+        [other for other in known if other in meant],
+        [other for other in last if initials[other] == name],
+        [other for other in last if initials[other].endswith(name)],
+        [other for other in last if common[other] == len(words)],
+        [other for other in last if last[other] in near],
+        [other for other in last if common[other] == max(1, *common.values())],
+        difflib.get_close_matches(key, known, n=1, cutoff=0.8),
+    )
+    return next((found[:3] for found in rules if found), [])
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

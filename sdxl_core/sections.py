@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_v
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from sdxl_core.parameters import with_bounds
 from sdxl_core.roots import NamesFile, check_inside_roots
 
 WeightsName = Annotated[str, NamesFile("tiny")]
@@ -21,13 +22,18 @@ class Section(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Fields in the order of a form: what is needed first, then the section's own, then what it inherits."""
+        """Fields in the order of a form: what is needed first, then the section's own, then what it inherits.
+
+        Descriptions end with the field's bounds: the form shows them nowhere else.
+        """
         schema = handler(core_schema)
         section = handler.resolve_ref_schema(schema)
         fields, needed, own = section.get("properties", {}), section.get("required", []), [*cls.__annotations__]
         order = sorted(fields, key=lambda name: (name not in needed, own.index(name) if name in own else len(own)))
         # Prefect on PostgreSQL keeps no order of keys, but the form sorts by position.
-        section["properties"] = {name: fields[name] | {"position": place} for place, name in enumerate(order)}
+        section["properties"] = {
+            name: with_bounds(fields[name]) | {"position": place} for place, name in enumerate(order)
+        }
         return schema
 
     @model_validator(mode="after")

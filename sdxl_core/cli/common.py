@@ -24,7 +24,8 @@ def add_set(command: argparse.ArgumentParser) -> None:
     """`--set KEY=VALUE`."""
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change a parameter, e.g. --set train.max_train_steps=200; may be given repeatedly",
+        help="change a parameter, e.g. --set train.max_train_steps=200; may be given repeatedly; `sdxl-flows "
+        "parameters` lists all",
     )  # fmt: skip
 
 
@@ -45,7 +46,8 @@ def read_job(options: argparse.Namespace) -> JobConfig:
     from sdxl_core.presets import under_job
 
     values = under_job(options.preset, read_toml(options.job))
-    return check(JobConfig, apply_overrides(values, options.overrides), where=str(options.job))
+    values = apply_overrides(values, options.overrides)
+    return check(JobConfig, values, where=str(options.job), overrides=options.overrides)
 
 
 def run_stage(config: Any, options: argparse.Namespace) -> None:

@@ -16,11 +16,14 @@ from sdxl_core.configfile import apply_overrides
 
 
 def dashes(argv: Sequence[str]) -> list[str]:
-    """`--learning_rate=1` and `--learning-rate=1` are the same option."""
-    result = []
+    """`--learning_rate=1` and `--learning-rate=1` are the same option; `--query -day` is a query, no option -d."""
+    result: list[str] = []
     for word in argv:
         name, equals, value = word.partition("=")
-        result.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+        if result and result[-1] == "--query" and word.startswith("-") and not word.startswith("--"):
+            result[-1] += "=" + word
+        else:
+            result.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
     return result
 
 
@@ -35,12 +38,13 @@ def add_options(
 
     Args:   all_optional: a file may give the required ones.   leave_out: fields that are no options.
     """
+    described = model.model_json_schema()["properties"]
     for name, field in sorted(model.model_fields.items(), key=lambda item: not item[1].is_required()):
         if name in leave_out:
             continue
         kind = _plain_type(field.annotation)
         option = "--" + name.replace("_", "-")
-        text = (field.description or field.title or name).replace("%", "%%") + _default_text(field)
+        text = described[name].get("description", name).replace("%", "%%") + _default_text(field)
         shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool and name.startswith("no_"):
             parser.add_argument(option, action="store_true", **shared)

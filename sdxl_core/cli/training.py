@@ -55,6 +55,7 @@ def add_plan(commands: Any) -> None:
 
 
 def _add_training_file(command: argparse.ArgumentParser) -> None:
+    command.epilog = "`sdxl-flows parameters train` lists every parameter of the file and of --set: bounds, default."
     command.add_argument("job", type=Path, nargs="?", metavar="JOB.toml", help="a job file: trains what the job cached")
     command.add_argument("--config", type=Path, metavar="TRAIN.toml", help="training parameters only")
     add_set(command)
@@ -82,7 +83,7 @@ def _train_config(options: argparse.Namespace, *, command: str) -> TrainConfig:
     from sdxl_core.presets import under_training
 
     values = apply_overrides(under_training(options.preset, read_toml(options.config)), options.overrides)
-    return check(TrainConfig, values, where=str(options.config))
+    return check(TrainConfig, values, where=str(options.config), overrides=options.overrides)
 
 
 def _show_captions(options: argparse.Namespace) -> None:
@@ -114,7 +115,7 @@ def _plan(options: argparse.Namespace) -> None:
         if "base_model" not in values:
             print("no base_model is named: planned for SDXL", file=sys.stderr)
     values |= {name: getattr(options, name) for name in ("card_gb", "width_px", "height_px")}
-    config = check(PlanConfig, values, where="sdxl-flows plan")
+    config = check(PlanConfig, values, where="sdxl-flows plan", overrides=options.overrides)
     plan = planned(config)
     check_planned(plan, config)
     print(describe_plan(plan))

@@ -1,4 +1,4 @@
-"""The commands that only translate: sd-scripts' command lines, presets, a model's two forms."""
+"""The commands that only read and translate: sd-scripts' command lines, parameters, presets."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def add_translations(commands: Any, add: AddCommand) -> None:
         help="replace the beginning of its paths, e.g. H:/just_astolfo=/data/just_astolfo; may be given repeatedly",
     )  # fmt: skip
     imported.add_argument("--options", action="store_true", help="print what becomes of each of its options, and end")
+
+    told = add(
+        commands, "parameters", "the parameters of a job file: what each may be, its default, what it does", _parameters
+    )
+    told.add_argument("words", nargs="*", metavar="WORD", help="a section (train), or part of a name (rate, lr)")
 
     listed = add(commands, "presets", "the sets of parameters for --preset, or one of them as TOML", _presets)
     listed.add_argument("name", nargs="?", metavar="NAME", help="print this one")
@@ -53,6 +58,31 @@ def _import(options: argparse.Namespace) -> None:
             f"the reason) -> {options.out}",
             file=sys.stderr,
         )
+
+
+def _parameters(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    import orjson
+
+    from sdxl_core.config import JobConfig
+    from sdxl_core.configfile import similar_keys
+    from sdxl_core.errors import ConfigError
+    from sdxl_core.parameters import parameter_text, parameters
+
+    everything = list(parameters(JobConfig))
+    found = everything if not options.words else []
+    for word in options.words:
+        name = word.replace("-", "_")
+        picked = [one for one in everything if one.name.startswith(f"{name}.")]
+        near = [] if picked else similar_keys(name, [one.name for one in everything])
+        found += picked or [one for one in everything if one.name in near or name in one.name.rpartition(".")[2]]
+    if not found:
+        raise ConfigError(f"sdxl-flows parameters: none has {' or '.join(options.words)} in its name.")
+    if options.as_json:
+        print(orjson.dumps([asdict(one) for one in found], option=orjson.OPT_INDENT_2).decode())
+        return
+    print("\n".join(parameter_text(one) for one in found))
 
 
 def _presets(options: argparse.Namespace) -> None:

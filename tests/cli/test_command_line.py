@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_core.cli import STAGES, build_parser, main
 from sdxl_core.cli.options import collect_options, dashes
-from sdxl_core.config import CacheLatentsConfig
+from sdxl_core.config import CacheLatentsConfig, TrainOptions
 from sdxl_core.configfile import check
 
 
@@ -38,6 +38,34 @@ def test_options_reach_the_config_with_their_types() -> None:
     config = check(CacheLatentsConfig, values, where="test")
     assert (config.batch_size, config.no_upscale, config.max_cropped_share) == (8, True, 0.5)
     assert config.only_shards == (3, 1) and config.root_map == {"H:/a": "/data/a"} and config.metadata == Path("m.json")
+
+
+@pytest.mark.parametrize("query", ["-day", "-has:tags", "-day -night", "1girl"])
+def test_a_query_may_begin_with_a_dash(query: str) -> None:
+    assert parse("subset", "--source", "s", "--query", query, "--explain") == {"source": "s", "query": query}
+
+
+def test_help_and_list_and_form_show_the_same_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["cache-latents", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "sides are multiples of this [8 to 1,024, a multiple of 8] (default: 64)" in words
+    main(["parameters", "latents"])
+    told = capsys.readouterr().out
+    assert "latents.bucket_step_px = 64   (whole number)\n    sides are multiples of this [8 to 1,024" in told
+    form = CacheLatentsConfig.model_json_schema()["properties"]
+    assert form["bucket_step_px"]["description"].endswith("[8 to 1,024, a multiple of 8]")
+
+
+def test_every_parameter_of_a_job_is_listed_and_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["parameters"])
+    told = capsys.readouterr().out
+    assert all(f"\ntrain.{name} " in told for name in TrainOptions.model_fields)
+    assert told.startswith("out (needed)   (path)\n") and "\nsource.path (needed)" in told
+    main(["parameters", "lr", "te1", "--json"])
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert {"train.learning_rate", "train.lr_scheduler", "train.learning_rate_te1"} <= set(found)
+    assert found["train.lr_scheduler"]["default"] == "constant" and "train.seed" not in found
 
 
 def run(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:

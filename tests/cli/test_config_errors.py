@@ -35,6 +35,34 @@ def test_latents_are_not_encoded_with_a_vae_that_nobody_named() -> None:
     assert "vae: is needed" in refused({"source": "s", "metadata": "m.json", "out": "o"}, CacheLatentsConfig)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("train.lr", "train.learning_rate?"),
+        ("train.bs", "train.train_batch_size or "),
+        ("train.max_steps", "train.max_train_steps or "),
+        ("train.pretrained_model_name_or_path", "train.base_model?"),
+        ("train.scheduler", "train.lr_scheduler"),
+        ("latents.bucket_reso_steps", "latents.bucket_step_px?"),
+        ("latents.resolution", "latents.resolution_px?"),
+    ],
+)
+def test_sd_scripts_names_abbreviations_and_parts_of_names_are_understood(wrong: str, meant: str) -> None:
+    assert f"Did you mean {meant}" in refused(apply_overrides(MINIMAL, [f"{wrong}=1"]))
+
+
+def test_a_wrong_set_is_blamed_and_not_the_file() -> None:
+    overrides = ["train.seed=1", "latents.resolution_px=7", "latents.min-bucket-px=512", "latents.max_bucket_px=256"]
+    values = MINIMAL | {"latents": {"dtype": "int8"}}
+    with pytest.raises(ConfigError) as caught:
+        check(JobConfig, apply_overrides(values, overrides[:2]), where="job.toml", overrides=overrides[:2])
+    told = str(caught.value).splitlines()
+    assert told[0].startswith("--set latents.resolution_px=7: latents.resolution_px = 7: input should be greater")
+    assert told[1].startswith("job.toml: latents.dtype = 'int8'")
+    with pytest.raises(ConfigError, match=r"^job.toml with --set latents.min-bucket-px=512 with --set latents.max_"):
+        check(JobConfig, apply_overrides(MINIMAL, overrides[2:]), where="job.toml", overrides=overrides[2:])
+
+
 def test_a_missing_key_is_named() -> None:
     assert "source.path: is needed" in refused({"out": "o", "source": {}})
 
