@@ -9,6 +9,7 @@ setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	@echo "installing the packages into .venv, PyTorch among them: some GB, minutes, nothing is shown meanwhile ..."
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	@touch $@
 

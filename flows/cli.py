@@ -21,6 +21,7 @@ from sdxl_core.cli import print_result
 from sdxl_core.config import JobConfig
 from sdxl_core.preflight import check_job
 from sdxl_core.refs import RunRef
+from sdxl_core.report.curves import tensorboard_command
 from sdxl_core.run_record import read_run_record, record_stage, summaries
 
 STAGE_FLOWS: dict[str, Callable[[Any], Any]] = {
@@ -59,4 +60,4 @@ def run_job(job: JobConfig, *, as_json: bool) -> None:
     print(f"look:   {run.report}")
     if run.lineage is not None:
         print(f"from:   {run.lineage}")
-    print(f"curves: tensorboard --logdir {job.out / 'tensorboard'}")
+    print(f"curves: {tensorboard_command(job.out / 'tensorboard')}")

@@ -28,6 +28,11 @@ _LACKING = {
 }
 
 
+def counted(number: int, what: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 @singledispatch
 def describe(ref: Any) -> str:
     """One line about a result reference."""
@@ -39,7 +44,8 @@ def _(ref: CatalogRef) -> str:
     lacking = ", ".join(f"{count:,} no {what}" for what, count in ref.missing.items() if count)
     doubled = ", ".join(f"{count:,} {what}" for what, count in ref.conflicts.items() if count)
     return (
-        f"catalog: {ref.num_records:,} pictures of {ref.num_seen:,} rows, {ref.num_tags:,} tags"
+        f"catalog: {counted(ref.num_records, 'picture')} of {counted(ref.num_seen, 'row')}, "
+        f"{counted(ref.num_tags, 'tag')}"
         f"{rejected_text(ref.rejected, 'catalog', ref.num_rejected)}"
         + (f", {ref.num_filtered:,} of other ratings" if ref.num_filtered else "")
         + (f" (with them {ref.num_taken_out:,} pictures of other sources)" if ref.num_taken_out else "")
@@ -60,14 +66,14 @@ def _(ref: SubsetRef) -> str:
     lonely = f"; {ref.missing['text']} kept without a text" if ref.missing.get("text") else ""
     how = "" if ref.how == "copy" else f" ({ref.how})"
     return (
-        f"subset: kept {ref.num_kept} of {ref.num_seen} pictures{unmatched}"
+        f"subset: kept {ref.num_kept:,} of {counted(ref.num_seen, 'picture')}{unmatched}"
         f"{rejected_text(ref.rejected, 'subset', ref.num_rejected)}{lonely} -> {ref.path}{how}"
     )
 
 
 @describe.register
 def _(ref: StatisticsRef) -> str:
-    return f"statistics: {ref.num_kept:,} of {ref.num_seen:,} pictures -> {ref.path}"
+    return f"statistics: {ref.num_kept:,} of {counted(ref.num_seen, 'picture')} -> {ref.path}"
 
 
 @describe.register
@@ -75,7 +81,7 @@ def _(ref: MetadataRef) -> str:
     empty = f", {ref.num_empty} with empty text" if ref.num_empty else ""
     lacking = ", ".join(f"{ref.missing[what]:,} {words}" for what, words in _LACKING.items() if ref.missing.get(what))
     return (
-        f"merge:  kept {ref.num_kept} of {ref.num_seen} pictures{empty}"
+        f"merge:  kept {ref.num_kept:,} of {counted(ref.num_seen, 'picture')}{empty}"
         f"{rejected_text(ref.rejected, 'merge' if ref.missing else 'merge-json', ref.num_rejected)}"
         + (f"; {lacking}" if lacking else "")
         + f" -> {ref.path}"
@@ -85,8 +91,8 @@ def _(ref: MetadataRef) -> str:
 @describe.register
 def _(ref: LatentSetRef) -> str:
     return (
-        f"latents: kept {ref.num_kept} of {ref.num_seen} pictures"
-        f"{rejected_text(ref.rejected, 'latents', ref.num_rejected)}, {len(ref.buckets)} buckets, "
+        f"latents: kept {ref.num_kept:,} of {counted(ref.num_seen, 'picture')}"
+        f"{rejected_text(ref.rejected, 'latents', ref.num_rejected)}, {counted(len(ref.buckets), 'bucket')}, "
         f"mean aspect-ratio error {ref.mean_ar_error:.4f} -> {ref.path}"
     )
 
@@ -95,7 +101,7 @@ def _(ref: LatentSetRef) -> str:
 def _(ref: VerifiedRef) -> str:
     repaired = f", {ref.num_repaired:,} encoded again" if ref.num_repaired else ", nothing was bad"
     return (
-        f"verify: {ref.num_rows:,} latents in {ref.num_files:,} files, {ref.num_bytes / 1e9:.2f} GB read in "
+        f"verify: {ref.num_rows:,} latents in {counted(ref.num_files, 'file')}, {ref.num_bytes / 1e9:.2f} GB read in "
         f"{ref.seconds:.1f} s{repaired} -> {ref.path}"
     )
 
@@ -103,7 +109,7 @@ def _(ref: VerifiedRef) -> str:
 @describe.register
 def _(ref: RemovedRef) -> str:
     unknown = f", {ref.num_unknown:,} keys have none here" if ref.num_unknown else ""
-    return f"remove: latents of {ref.num_removed:,} pictures taken out{unknown} -> {ref.path}"
+    return f"remove: latents of {counted(ref.num_removed, 'picture')} taken out{unknown} -> {ref.path}"
 
 
 @describe.register
@@ -111,7 +117,7 @@ def _(ref: LatentFilesRef) -> str:
     refused = rejected_text(ref.rejected, ref.what, ref.num_rejected) if ref.rejected else ""
     metadata = f", {ref.metadata}" if ref.metadata else ""
     return (
-        f"{ref.what}: latents of {ref.num_rows:,} pictures in {ref.num_files:,} files, "
+        f"{ref.what}: latents of {counted(ref.num_rows, 'picture')} in {counted(ref.num_files, 'file')}, "
         f"{ref.num_bytes / 1e6:,.1f} MB{refused} -> {ref.path}{metadata}"
     )
 
@@ -119,8 +125,9 @@ def _(ref: LatentFilesRef) -> str:
 @describe.register
 def _(ref: CheckpointRef) -> str:
     return (
-        f"train:  {ref.num_steps} steps on {ref.num_images} pictures, avr_loss {ref.final_avr_loss:.4f} -> "
-        f"{ref.file.path} ({ref.file.num_bytes / 1e6:.1f} MB), {len(ref.samples)} preview pictures"
+        f"train:  {counted(ref.num_steps, 'step')} on {counted(ref.num_images, 'picture')}, "
+        f"avr_loss {ref.final_avr_loss:.4f} -> {ref.file.path} ({ref.file.num_bytes / 1e6:.1f} MB), "
+        f"{counted(len(ref.samples), 'preview picture')}"
     )
 
 

@@ -30,7 +30,7 @@ from sdxl_core.refs import CheckpointRef, LatentSetRef, LatentShardRef, MemoryPl
 from sdxl_core.rejected import count_reasons, read_rejected
 from sdxl_core.report.pictures import previews_markdown, thumbnail_url
 from sdxl_core.run_record import summaries
-from sdxl_core.summary import describe
+from sdxl_core.summary import counted, describe
 from sdxl_core.training.checkpoints import list_checkpoints
 
 NUM_PICTURES = 8  # on the contact sheet
@@ -177,16 +177,15 @@ def show_buckets(ref: LatentSetRef) -> None:
 
 
 @never_failing("a result")
-def show_checkpoint(ref: CheckpointRef) -> None:
-    """What was trained, every model file with size and digest, the previews, and how to look at the curves."""
+def show_checkpoint(ref: CheckpointRef, *, curves: str) -> None:
+    """What was trained, model files with size and digest, previews.   curves: how to look at them, as Markdown."""
     lines = [
         "# Checkpoint",
         "",
-        f"`{ref.file.path}`: {ref.num_steps} steps on {ref.num_images} pictures, moving average loss "
-        f"{ref.final_avr_loss:.4f}.",
+        f"`{ref.file.path.resolve()}`: {counted(ref.num_steps, 'step')} on {counted(ref.num_images, 'picture')}, "
+        f"moving average loss {ref.final_avr_loss:.4f}.",
         "",
-        f"Curves: `tensorboard --logdir {ref.tensorboard}`, then [127.0.0.1:6006](http://127.0.0.1:6006). "
-        f"Resumable state: `{ref.state}`.",
+        f"Curves: {curves}. Resumable state: `{ref.state.resolve()}`.",
         "",
         "| model file | MB | SHA-256 |",
         "|---|---|---|",
@@ -203,10 +202,9 @@ def show_memory(plan: MemoryPlan) -> None:
     rows: list[dict[str, Any]] = []
     for where, parts in (("each card", plan.card), ("main memory, each process", plan.host), ("disk", plan.disk)):
         named = {name: size for name, size in parts.items() if size} | {"together": sum(parts.values())}
-        rows += [{"where": where, "what": name, "GB": round(n / 1e9, 3), "bytes": n} for name, n in named.items()]
-    text = (
-        f"{plan.card_bytes / 1e9:.2f} GB of each card; {plan.num_trained:,} of {plan.num_parameters:,} parameters train"
-    )
+        rows += [{"where": where, "what": name, "GiB": round(n / 2**30, 3), "bytes": n} for name, n in named.items()]
+    trained = f"{plan.num_trained:,} of {plan.num_parameters:,} parameters train"
+    text = f"{plan.card_bytes / 2**30:.2f} GiB of each card; {trained}"
     create_table_artifact(key="memory-plan", table=rows, description=text)
 
 

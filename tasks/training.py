@@ -6,7 +6,7 @@ from sdxl_core.config import PlanConfig, TrainConfig
 from sdxl_core.refs import CheckpointRef, MemoryPlan
 from sdxl_core.training import launch as core
 from tasks.artifacts import ProgressArtifact, show_checkpoint, show_memory, show_result
-from tasks.curves import show_curves
+from tasks.curves import curves_text, show_curves
 from tasks.policies import ONCE, RETRIED
 
 
@@ -16,7 +16,7 @@ def train(config: TrainConfig) -> CheckpointRef:
     show_curves(config)
     ref = core.launch_training(config, progress=ProgressArtifact("train-progress", "steps"))
     show_result(ref, key="train", title="Training")
-    show_checkpoint(ref)
+    show_checkpoint(ref, curves=curves_text(ref.tensorboard))
     return ref
 
 

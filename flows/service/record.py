@@ -18,12 +18,16 @@ from sdxl_core.processes import process_start
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceRecord:
-    """A started service. `pid`, `started`: the supervisor's identity (a reused pid has another start)."""
+    """A started service. `pid`, `started`: the supervisor's identity (a reused pid has another start).
+
+    `curves`: where its TensorBoard is, "" without one.
+    """
 
     pid: int
     started: str
     url: str
     ready: bool
+    curves: str = ""
 
     def is_alive(self) -> bool:
         return process_start(self.pid) == self.started
@@ -43,10 +47,10 @@ def read_record() -> ServiceRecord | None:
     return record if record.is_alive() else None
 
 
-def write_record(*, url: str, ready: bool) -> None:
+def write_record(*, url: str, ready: bool, curves: str = "") -> None:
     """Note this process as the supervisor."""
     pid = os.getpid()
-    record = ServiceRecord(pid=pid, started=process_start(pid) or "", url=url, ready=ready)
+    record = ServiceRecord(pid=pid, started=process_start(pid) or "", url=url, ready=ready, curves=curves)
     write_atomic(service_folder() / "service.json", orjson.dumps(asdict(record)))
 
 

@@ -10,18 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
 
 from httpx import HTTPError
-from prefect.client.orchestration import get_client
-from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
-    PREFECT_API_URL,
     PREFECT_SERVER_API_AUTH_STRING,
-    temporary_settings,
 )
 
 from flows.service.deploy import POOL, ROOT, deploy, is_healthy, wait_for_runs
@@ -38,6 +33,7 @@ SERVER = ("-m", "prefect", "server", "start")
 WORKER = ("-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--install-policy", "never")
 TENSORBOARD = ("-m", "tensorboard.main", "--host", "127.0.0.1", "--reload_interval", "10")
 LOOPBACK = ("127.0.0.1", "localhost")
+ANY_ADDRESS = "0.0.0.0"
 DOWN_WITHIN_S = 90.0  # server, worker and TensorBoard have WORKER_GRACE_S each
 
 
@@ -121,14 +117,16 @@ def _detach(host: str, port: int, curves_port: int) -> None:
         record = read_record()
         if record is not None and record.ready:
             print(f"running in the background: {record.url}   (sdxl-flows status, sdxl-flows down)")
+            print(f"logs: {service_folder()}/*.log" + (f"   curves: {record.curves}" if record.curves else ""))
             return
         time.sleep(0.5)
     raise SdxlFlowsError(f"the service did not start. Its last words:\n{_tail(log)}")
 
 
 def _supervise(host: str, port: int, curves_port: int) -> None:
-    url = f"http://{host}:{port}"
+    url = f"http://{LOOPBACK[0] if host == ANY_ADDRESS else host}:{port}"
     seen_from_here = host in LOOPBACK  # else a browser elsewhere asks the address that it got the page from
+    elsewhere = f"; from elsewhere: http://{socket.gethostname()}:{port}/deployments" if host == ANY_ADDRESS else ""
     environment = os.environ | {
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_UI_API_URL": f"{url}/api" if seen_from_here else "/api",
@@ -151,8 +149,9 @@ def _supervise(host: str, port: int, curves_port: int) -> None:
             if CURVES_URL in environment:
                 command = [*TENSORBOARD, "--port", str(curves_port), "--logdir", environment[CURVES_FOLDER]]
                 supervised.append(children.enter_context(_child("tensorboard", command, environment)))
-            write_record(url=url, ready=True)
-            print(f"\n  open {url}/deployments   (Ctrl-C ends it all; logs in {service_folder()})", flush=True)
+            write_record(url=url, ready=True, curves=environment.get(CURVES_URL, ""))
+            print(f"\n  open {url}/deployments{elsewhere}   (Ctrl-C ends it all)", flush=True)
+            print(f"  logs: {service_folder()}/*.log", flush=True)
             if CURVES_URL in environment:
                 print(f"  curves of what is trained: {environment[CURVES_URL]}", flush=True)
             _keep_alive(supervised, url)
@@ -281,34 +280,3 @@ def down() -> None:
             )
         time.sleep(0.2)
     print("ended: server and worker are down.")
-
-
-def status() -> int:
-    """Print what runs. Returns 0 where the service is up and answers, else 1.
-
-    Raises: ConfigError: the server asks for a password, and not this one is known here.
-    """
-    record = read_record()
-    if record is None:
-        print("not running. `sdxl-flows up` starts it.")
-        return 1
-    healthy = is_healthy(record.url)
-    print(f"{record.url}   process {record.pid}   server {'answers' if healthy else 'does not answer'}")
-    if not (healthy and record.ready):
-        if not record.ready:
-            print(f"it is still starting; logs in {service_folder()}")
-        return 1
-    try:
-        with temporary_settings({PREFECT_API_URL: f"{record.url}/api"}), get_client(sync_client=True) as client:
-            for worker in client.read_workers_for_work_pool(POOL):
-                print(f"worker {worker.name}: {str(worker.status.value).lower()}")
-            for run in client.read_flow_runs(limit=10):
-                print(f"run {run.name}: {run.state_name}")
-    except PrefectHTTPStatusError as error:
-        if error.response.status_code != HTTPStatus.UNAUTHORIZED:
-            raise SdxlFlowsError(f"{record.url}: {error.response.text}") from error
-        raise ConfigError(
-            f"{record.url} asks for a password. Set PREFECT_API_AUTH_STRING to the 'user:password' that `up` was "
-            f"started with, and ask again."
-        ) from error
-    return 0

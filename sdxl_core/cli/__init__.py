@@ -80,9 +80,9 @@ def _demo(options: argparse.Namespace) -> None:
     from sdxl_core.demo import demo_job, draw_samples
 
     source = options.out / "pictures"
-    num_drawn = draw_samples(source)
+    is_new = draw_samples(source)
     if not options.as_json:
-        print(f"drew {num_drawn} sample pictures -> {source}", flush=True)
+        print(f"drew 51 sample pictures -> {source}" if is_new else f"sample pictures are there: {source}", flush=True)
     _run_job(demo_job(source=source, out=options.out), options)
 
 

@@ -36,7 +36,7 @@ def add_service(commands: Any) -> None:
         "--data-root", type=Path, action="append", default=[], metavar="DIR", dest="data_roots",
         help="runs may only name paths below this folder; may be given repeatedly (docs/security.md)",
     )  # fmt: skip
-    add_command(commands, "status", "what `up` has running", lambda _: sys.exit(service().status()))
+    add_command(commands, "status", "what `up` has running", _status)
     add_command(commands, "down", "end what `up` has started", lambda _: service().down())
 
 
@@ -44,6 +44,11 @@ def service() -> Any:
     """`flows.service.up`, imported only when asked for."""
     flows_cli()
     return import_module("flows.service.up")
+
+
+def _status(options: argparse.Namespace) -> None:
+    flows_cli()
+    sys.exit(import_module("flows.service.status").status())
 
 
 def _port(text: str) -> int:

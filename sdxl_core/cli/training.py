@@ -43,7 +43,11 @@ def add_plan(commands: Any) -> None:
     )
     plan.add_argument("job", type=Path, nargs="?", metavar="JOB.toml", help="a job file")
     plan.add_argument("--config", type=Path, metavar="TRAIN.toml", help="training parameters only")
-    plan.add_argument("--card-gb", type=float, metavar="GB", help="refuse what does not fit a card of this size (GiB)")
+    plan.add_argument(
+        "--card-gb", type=float, metavar="GIB",
+        help="refuse what does not fit a card of this size in GiB, as cards are sold and nvidia-smi counts (default: "
+        "this machine's smallest card)",
+    )  # fmt: skip
     plan.add_argument("--width-px", type=int, default=1024, metavar="N", help="of the largest bucket (default: 1024)")
     plan.add_argument("--height-px", type=int, default=1024, metavar="N", help="(default: 1024)")
     add_set(plan)
@@ -102,7 +106,7 @@ def _print_captions(config: TrainConfig, num: int, *, as_json: bool) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from sdxl_core.training.memory_plan import check_planned, describe_plan, planned
+    from sdxl_core.training.memory_plan import check_planned, describe_plan, planned, smallest_card_gib
 
     if options.job is not None:
         values = read_job(options).train.model_dump()
@@ -115,10 +119,12 @@ def _plan(options: argparse.Namespace) -> None:
         if "base_model" not in values:
             print("no base_model is named: planned for SDXL", file=sys.stderr)
     values |= {name: getattr(options, name) for name in ("card_gb", "width_px", "height_px")}
+    if values["card_gb"] is None:
+        values["card_gb"] = smallest_card_gib()
     config = check(PlanConfig, values, where="sdxl-flows plan", overrides=options.overrides)
     plan = planned(config)
     check_planned(plan, config)
-    print(describe_plan(plan))
+    print(describe_plan(plan, card_gib=config.card_gb))
 
 
 def _export(options: argparse.Namespace) -> None:

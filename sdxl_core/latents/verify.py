@@ -33,6 +33,7 @@ from sdxl_core.latents.tables import parse_checked, read_table, read_words
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
 from sdxl_core.refs import VerifiedRef
+from sdxl_core.summary import counted
 
 FINDINGS, MOST_TOLD = "verify.jsonl", 5
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -108,18 +109,14 @@ def _told(latents: Path, findings: Sequence[Finding], path: Path | None) -> str:
     num_told = len(findings) if path is None else MOST_TOLD
     lines = [f"  {finding.file}: {finding.problem}" for finding in findings[:num_told]]
     more = [f"  and {len(findings) - num_told} more, all in {path}"] if len(findings) > num_told else []
-    head = f"{latents}: {_several(len(findings), 'file')} not as written"
+    head = f"{latents}: {counted(len(findings), 'file')} not as written"
     advice = f"`sdxl-flows verify {latents} --repair` makes anew exactly what is bad."
     if num_bad := sum(len(finding.keys) for finding in findings):
-        head += f", and with that the latents of {_several(num_bad, 'picture')}"
+        head += f", and with that the latents of {counted(num_bad, 'picture')}"
         advice = f"`sdxl-flows verify {latents} --repair` encodes exactly these pictures again."
     if "made_by" in read_settings(latents):
         advice = "Put whole files in their place, and run import-latents again: it takes what is whole."
     return "\n".join([f"{head}:", *lines, *more, f"Nothing of it is served to training. {advice}"])
-
-
-def _several(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 class _Check:

@@ -45,13 +45,16 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:.6g}</text>')
+    room = (WIDTH - LEFT - RIGHT) // len(lines)
     for number, (name, line) in enumerate(lines.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
-        colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" opacity="0.8"/>')
-        at = LEFT + 12 + 130 * number
-        parts.append(f'<rect x="{at}" y="14" width="22" height="3" fill="{colour}"/>')
-        parts.append(f'<text x="{at + 28}" y="19">{escape(name)}</text>')
+        stroke = f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"'
+        # Lines may lie on each other: each later one has wider gaps, through which those below are seen.
+        stroke += f' stroke-dasharray="8 {4 * number}"' if number else ""
+        parts.append(f'<polyline points="{path}" fill="none" {stroke}/>')
+        at = LEFT + room * number
+        parts.append(f'<line x1="{at}" x2="{at + 22}" y1="15" y2="15" {stroke}/>')
+        parts.append(f'<text x="{at + 28}" y="19">{escape(_cut(name, room - 40))}</text>')
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts) + "</svg>"
 

@@ -1,8 +1,18 @@
-"""The scalars of a run's TensorBoard log."""
+"""The scalars of a run's TensorBoard log, and how to look at them."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
+
+
+def tensorboard_command(folder: Path) -> str:
+    """A command line that works as pasted where we are, also without this environment's bin/ on PATH."""
+    program = Path(sys.executable).parent / "tensorboard"
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return shlex.join([str(program), "--logdir", str(folder)])
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[float, float]]]:

@@ -40,6 +40,8 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
         f"<h2>Speed</h2>{_speed(ref)}",
         _limits(ref),
         _rejected(ref),
+        "<p class='note'><a href='report.html'>Back to the report</a>, once the job that these latents belong to has "
+        "ended.</p>",
     ]
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(config.out.name)}: latents</title>"
@@ -54,7 +56,9 @@ def _speed(ref: LatentSetRef) -> str:
     last_s = speed[-1][0] if speed else 0
     unit, seconds = ("hours", 3600) if last_s > 7200 else ("minutes", 60) if last_s > 120 else ("seconds", 1)
     points = [(time_s / seconds, rate) for time_s, rate in speed]
-    return line_chart({"all devices, pictures a second": points}, x_label=unit, y_label="pictures a second")
+    return line_chart(
+        {"pictures a second, all devices": points}, x_label=f"{unit} of encoding", y_label="pictures a second"
+    )
 
 
 def _channels(config: CacheLatentsConfig, ref: LatentSetRef) -> str:

@@ -14,6 +14,7 @@ from sdxl_core.files import write_atomic
 from sdxl_core.rejected import read_rejected
 from sdxl_core.report.charts import bar_chart, line_chart
 from sdxl_core.report.curves import read_scalars
+from sdxl_core.report.pictures import preview_text
 
 NUM_PICTURES_SHOWN = 12
 NUM_REJECTED_SHOWN = 200
@@ -135,13 +136,16 @@ def _previews(record: dict[str, Any]) -> str:
         return ""
     tiny = train["config"]["base_model"] == "tiny"
     note = "The tiny preset has random weights: its previews are texture, not art." if tiny else ""
-    figures = "".join(
-        f'<figure><img alt="preview" src="{data_url(Path(path).read_bytes())}">'
-        f"<figcaption>{escape(Path(path).name)}</figcaption></figure>"
-        for path in train["result"]["samples"]
-        if Path(path).exists()
-    )
+    figures = "".join(_figure(path) for path in map(Path, train["result"]["samples"]) if path.exists())
     return f'<h2>Previews</h2><p class="note">{note}</p>{figures}'
+
+
+def _figure(path: Path) -> str:
+    caption = ": ".join(preview_text(path)) if any(preview_text(path)) else path.name
+    return (
+        f'<figure><img alt="preview" title="{escape(path.name)}" src="{data_url(path.read_bytes())}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def _rejected(out: Path) -> str:

@@ -23,8 +23,17 @@ def thumbnail_url(picture: bytes | Path, *, max_side_px: int) -> str:
 
 
 def previews_markdown(paths: Sequence[Path], *, max_side_px: int = 320) -> list[str]:
-    """Markdown lines that show the newest previews that are there, each with its file name."""
+    """Markdown lines that show the newest previews that are there, each with its step and prompt."""
     lines: list[str] = []
     for path in [path for path in paths if path.is_file()][-MAX_PREVIEWS:]:
-        lines += [f"![{path.name}]({thumbnail_url(path, max_side_px=max_side_px)})", "", f"`{path.name}`", ""]
+        step, prompt = preview_text(path)
+        lines += [f"![{path.name}]({thumbnail_url(path, max_side_px=max_side_px)})", ""]
+        lines += ["{}: `{}`".format(step, prompt.replace("`", "'")) if step else f"`{path.name}`", ""]
     return lines
+
+
+def preview_text(path: Path) -> tuple[str, str]:
+    """("step 40", its prompt) as the trainer left them in a preview; ("", "") where it did not."""
+    with Image.open(path) as opened:
+        text = {name: value for name, value in opened.info.items() if isinstance(value, str)}
+    return (f"step {text['step']}", text["prompt"] or "(no words)") if {"step", "prompt"} <= text.keys() else ("", "")

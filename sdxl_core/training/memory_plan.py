@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sdxl_core.config.train import PlanConfig, TrainOptions
@@ -26,6 +27,7 @@ from sdxl_core.training.parallel import DDP_BUCKET_MIB, piece_of_shape, sharded_
 from sdxl_core.training.parts import choose_trained
 from sdxl_core.training.rates import learning_rates
 
+GIB = 2**30
 LIMIT_ELEMENTS = 2**31  # libraries count elements of one buffer in 32 bits
 CARD_CONTEXT_BYTES = 800_000_000  # CUDA context, cuBLAS and cuDNN workspaces
 SLACK = 0.03  # what the allocator loses to rounding
@@ -108,11 +110,11 @@ def check_fits(
     advice = "No change of settings makes it fit: train fewer parts, or take a larger card."
     if change is not None:
         names, smaller = change
-        advice = f"The cheapest change that fits: {' and '.join(names)} ({_gb(smaller.card_bytes)})."
+        advice = f"The cheapest change that fits: {' and '.join(names)} ({_gib(smaller.card_bytes)})."
     largest = max(plan.card, key=lambda name: plan.card[name])
     raise ConfigError(
-        f"training at {width_px}x{height_px} needs {_gb(plan.card_bytes)} of a card's {_gb(card_bytes)}, most of it "
-        f"{largest} ({_gb(plan.card[largest])}). {advice} `sdxl-flows plan` prints all components."
+        f"training at {width_px}x{height_px} needs {_gib(plan.card_bytes)} of a card's {_gib(card_bytes)}, most of it "
+        f"{largest} ({_gib(plan.card[largest])}). {advice} `sdxl-flows plan` prints all components."
     )
 
 
@@ -158,7 +160,7 @@ def check_planned(plan: MemoryPlan, config: PlanConfig) -> None:
     """Raises: ConfigError: `plan` does not fit a card of `card_gb`; names the cheapest change that would."""
     if config.card_gb is not None:
         size = {"width_px": config.width_px, "height_px": config.height_px}
-        check_fits(plan, config, _preset(config), card_bytes=int(config.card_gb * 2**30), **size)
+        check_fits(plan, config, _preset(config), card_bytes=int(config.card_gb * GIB), **size)
 
 
 def _preset(options: TrainOptions) -> Preset:
@@ -191,19 +193,30 @@ def _changes(options: TrainOptions) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "learning_rate_te2 = 0", {"learning_rate_te2": 0.0}
 
 
-def describe_plan(plan: MemoryPlan) -> str:
-    """The plan as a table, with sums."""
+def smallest_card_gib() -> float | None:
+    """Memory of the smallest CUDA card of this machine, None where there is none."""
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes) / GIB if sizes else None
+
+
+def describe_plan(plan: MemoryPlan, *, card_gib: float | None = None) -> str:
+    """The plan as a table, with sums and what is left of a card that it fits."""
     lines = [f"{plan.num_trained:,} of {plan.num_parameters:,} parameters train"]
     for title, parts in (("each card", plan.card), ("main memory, each process", plan.host), ("disk", plan.disk)):
         lines += [f"\n{title}"]
-        lines += [f"  {name:<44}{_gb(size):>10}" for name, size in parts.items() if size]
-        lines += [f"  {'together':<44}{_gb(sum(parts.values())):>10}"]
-    lines += [f"\nlargest single buffer: {plan.largest_buffer:,} elements (limit {LIMIT_ELEMENTS:,})"]
+        lines += [f"  {name:<48}{_gib(size):>10}" for name, size in parts.items() if size]
+        lines += [f"  {'together':<48}{_gib(sum(parts.values())):>10}"]
+    if card_gib is None:
+        lines += ["\nno card to hold it against here: --card-gb 24 says whether it fits one of 24 GiB"]
+    else:
+        left = _gib(int(card_gib * GIB) - plan.card_bytes)
+        lines += [f"\nit fits a card of {card_gib:.2f} GiB, {left} are left"]
+    lines += [f"largest single buffer: {plan.largest_buffer:,} elements (limit {LIMIT_ELEMENTS:,})"]
     return "\n".join(lines)
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def _is_divided(options: TrainOptions) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from sdxl_core.config import TrainConfig
@@ -59,7 +60,7 @@ def write_previews(
         )
         pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         if keep:
-            _save(pixels, path)
+            _save(pixels, path, prompt=prompt.text, step=step)
         if number + 1 < len(paths) and leave():
             return
 
@@ -89,8 +90,11 @@ def _denoise(denoiser: Denoiser, config: TrainConfig, prompt: Prompt, *, number:
     return latents
 
 
-def _save(pixels: Tensor, path: Path) -> None:
-    """pixels: [3, H, W] in [-1, 1]."""
+def _save(pixels: Tensor, path: Path, *, prompt: str, step: int) -> None:
+    """pixels: [3, H, W] in [-1, 1]. The file says in its text fields what was asked for, and after which step."""
+    about = PngInfo()
+    about.add_text("prompt", prompt)
+    about.add_text("step", str(step))
     levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     with atomic_writer(path, sync=False) as file:
-        Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+        Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG", pnginfo=about)

@@ -311,7 +311,7 @@ def test_no_such_file_is_told(tmp_path: Path) -> None:
 
 def test_rows_left_out_by_rating_are_said(tmp_path: Path) -> None:
     source = write(tmp_path / "d.parquet", {"id": [1, 2, 3], "rating": ["g", "e", None], "tag_string": ["a"] * 3})
-    assert "1 pictures of 3 rows" in (
+    assert "1 picture of 3 rows" in (
         line := describe(build(tmp_path / "c", source.model_copy(update={"ratings": ("g",)})))
     )
     assert "2 of other ratings" in line

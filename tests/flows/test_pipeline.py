@@ -102,7 +102,11 @@ def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: J
         "scenery -night" in shown["run-lineage"]
         and record["stages"]["train"]["result"]["file"]["sha256"] in (shown["run-lineage"])
     )
-    assert "| `last.safetensors` |" in shown["train-checkpoint"] and "tensorboard --logdir" in shown["train-checkpoint"]
+    assert (
+        "| `last.safetensors` |" in shown["train-checkpoint"]
+        and f"tensorboard --logdir {out}/" in shown["train-checkpoint"]
+    )
+    assert "\nstep 40: `" in shown["train-checkpoint"], "each preview with its step and prompt"
     assert shown["train-checkpoint"].count("](data:image/jpeg;base64,") == len(list(out.glob("samples/*.png")))
 
     before = files_below(out)

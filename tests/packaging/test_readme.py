@@ -40,6 +40,7 @@ def test_every_command_of_the_readme_works_as_printed(checkout: Path) -> None:
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-3000:]}"
         if command == "make demo":
             shown = re.findall(r"^(?:drew|subset|merge|latents|look|from|curves).*", README, re.MULTILINE)
+            shown = [line.replace(" .venv/bin/", f" {Path(sys.executable).parent}/") for line in shown]
             assert len(shown) == 7 and set(shown) <= set(done.stdout.splitlines())
     for name in ("model/last.safetensors", "report.html", "run.json", "meta_lat.json", "rejected.jsonl"):
         assert (checkout / "out" / "demo" / name).is_file(), name

@@ -73,7 +73,7 @@ def test_a_flow_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     collection(tmp_path / "pictures")
     done = run(installed, tmp_path, "merge-tags", "--flow", "--source", "pictures", "--out", "m.json")
     assert done.returncode == 0, done.stderr
-    assert "kept 1 of 1 pictures" in done.stdout and (tmp_path / "m.json").exists()
+    assert "kept 1 of 1 picture" in done.stdout and (tmp_path / "m.json").exists()
 
 
 def test_somebody_elses_tasks_package_is_told_not_run(installed: Path, tmp_path: Path) -> None:

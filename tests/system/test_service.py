@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -54,7 +55,9 @@ def merge_through_the_server(service: Service, source: Path, out: Path) -> subpr
 
 def test_status_tells_what_runs_and_a_second_up_is_refused(service: Service) -> None:
     status = service.command("status")
-    assert status.returncode == 0 and "server answers" in status.stdout and "online" in status.stdout
+    assert status.returncode == 0 and "server answers" in status.stdout and "online, last heard of " in status.stdout
+    assert f"logs: {service.folder / 'home'}/*.log" in status.stdout
+    assert f"curves: http://127.0.0.1:{service.curves_port}" in status.stdout
     again = service.command("up", "--port", str(service.port))
     assert again.returncode == 2 and "it runs already" in again.stderr
     assert listening(service.processes()) == {"127.0.0.1"}
@@ -74,6 +77,8 @@ def test_a_run_from_the_server_does_the_work(service: Service, pictures: Path, t
     done = merge_through_the_server(service, pictures, tmp_path / "m.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "m.json").exists()
+    told = service.command("status").stdout.split("runs, newest first:\n")[1].splitlines()
+    assert re.match(r"  \d{4}-\d\d-\d\d \d\d:\d\d  Completed +merge-tags  [a-z]+-[a-z]+$", told[0])
 
 
 def test_a_killed_worker_comes_back(service: Service, pictures: Path, tmp_path: Path) -> None:
@@ -142,4 +147,6 @@ def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> N
             assert json.load(told)["api_url"] == "/api", "the page asks the host that it came from"
         os.killpg(supervisor.pid, signal.SIGINT)  # Ctrl-C
         assert supervisor.wait(timeout=60) == 0 and not other.processes()
-    assert "ended: server and worker are down" in (tmp_path / "up.txt").read_text()
+    said = (tmp_path / "up.txt").read_text()
+    assert "ended: server and worker are down" in said and "http://0.0.0.0" not in said
+    assert f"open http://127.0.0.1:{other.port}/deployments; from elsewhere: http://" in said
