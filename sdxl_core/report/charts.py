@@ -43,8 +43,9 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dde3e8"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in x_ticks:
-        x, _ = place(tick, y_ticks[0])
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:.6g}</text>')
+        text = f"{tick:.6g}"
+        x = min(place(tick, y_ticks[0])[0], WIDTH - 4 * len(text))  # a long one at the end is not cut off
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{text}</text>')
     room = (WIDTH - LEFT - RIGHT) // len(lines)
     for number, (name, line) in enumerate(lines.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
@@ -52,6 +53,9 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
         # Lines may lie on each other: each later one has wider gaps, through which those below are seen.
         stroke += f' stroke-dasharray="8 {4 * number}"' if number else ""
         parts.append(f'<polyline points="{path}" fill="none" {stroke}/>')
+        if len(line) == 1:
+            x, y = place(*line[0])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" {stroke}/>')
         at = LEFT + room * number
         parts.append(f'<line x1="{at}" x2="{at + 22}" y1="15" y2="15" {stroke}/>')
         parts.append(f'<text x="{at + 28}" y="19">{escape(_cut(name, room - 40))}</text>')

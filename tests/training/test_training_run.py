@@ -19,6 +19,7 @@ from torch import Tensor
 from sdxl_core.config import TrainConfig
 from sdxl_core.errors import CheckpointError, ConfigError, TrainingError
 from sdxl_core.models import load_models, tokenize
+from sdxl_core.report.pictures import preview_text
 from sdxl_core.training import loop
 from sdxl_core.training.heldout import read_heldout
 from sdxl_core.training.objectives.noise import draw_noise
@@ -198,6 +199,8 @@ def test_a_run_leaves_checkpoint_previews_and_result(undisturbed: TrainConfig) -
         f"last_{step:06d}_{i:02d}_0.png" for step in (3, 5) for i in (0, 1)
     ]
     assert all(path.stat().st_size > 500 for path in result.samples)
+    told = [preview_text(path) for path in result.samples]
+    assert told == [(f"step {step}", prompt) for step in (3, 5) for prompt in undisturbed.sample_prompts]
     with safe_open(result.file.path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
