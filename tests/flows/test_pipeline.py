@@ -106,7 +106,7 @@ def test_the_whole_path_leaves_everything_and_a_second_run_redoes_nothing(job: J
         "| `last.safetensors` |" in shown["train-checkpoint"]
         and f"tensorboard --logdir {out}/" in shown["train-checkpoint"]
     )
-    assert "\nstep 40: `" in shown["train-checkpoint"], "each preview with its step and prompt"
+    assert "\nstep 4: `" in shown["train-checkpoint"], "each preview with its step and prompt"
     assert shown["train-checkpoint"].count("](data:image/jpeg;base64,") == len(list(out.glob("samples/*.png")))
 
     before = files_below(out)
