@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sdxl_core.catalog.records import Catalog
-from sdxl_core.query.expressions import And, Everything, Expression, Not, Or, Query, Tag, Wildcard
+from sdxl_core.catalog.schema import RATINGS
+from sdxl_core.query.expressions import (
+    And,
+    Everything,
+    Expression,
+    Not,
+    Or,
+    Query,
+    Range,
+    Rating,
+    Tag,
+    Values,
+    Wildcard,
+)
 from sdxl_core.query.index import Index
 from sdxl_core.query.names import TagNames
 from sdxl_core.query.select import Conditions, Ints, evaluate, scan
 
+NOT_TOLD = "no source tells it: facts come from parquet, JSON or JSONL, see docs/catalog_sources.md"
+
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """A term or a group of terms. `depth`: how deep it is nested.   `note`: what is odd about it, "" for nothing."""
+    """A term or a group of terms. `depth`: how deep it is nested.   `note`: what is odd about it, "" for nothing.
+
+    `num_unknown`: records of which the number or the rating that it asks for is not known; a term finds none of them.
+    """
 
     text: str
     depth: int
     num_records: int
+    num_unknown: int
     note: str
 
 
 def explain(catalog: Catalog, query: Query, index: Index | None = None) -> list[Explained]:
     """Count every term and group of a query: the whole first, then its parts, each below what it belongs to."""
     nested = _nested(query.where, 0)
-    counts = _counts(catalog, [expression for expression, _ in nested], index)
+    known = [_known(expression) for expression, _ in nested]
+    counts = _counts(catalog, [*(expression for expression, _ in nested), *known], index)
     names = index.names if index is not None else TagNames.of(catalog.vocabulary)
     return [
-        Explained(_text(query, expression), depth, count, note_on(expression, names))
-        for (expression, depth), count in zip(nested, counts, strict=True)
+        Explained(
+            _text(query, expression),
+            depth,
+            counts[place],
+            num_unknown := catalog.num_records - counts[len(nested) + place],
+            NOT_TOLD if num_unknown == catalog.num_records else note_on(expression, names),
+        )
+        for place, (expression, depth) in enumerate(nested)
     ]
-
-
-def notes(catalog: Catalog, query: Query, index: Index | None = None) -> list[str]:
-    """What is odd about a query's terms: tags that no picture has, with what may have been meant."""
-    names = index.names if index is not None else TagNames.of(catalog.vocabulary)
-    found = [note_on(expression, names) for expression, _ in _nested(query.where, 0)]
-    return list(dict.fromkeys(note for note in found if note))
 
 
 def note_on(expression: Expression, names: TagNames) -> str:
@@ -55,19 +75,29 @@ def explained_text(explained: list[Explained], num_records: int) -> str:
     lines = [f"{num_records:>12,}  pictures in the catalog"]
     for part in explained:
         note = f"   <- {part.note}" if part.note else ""
-        lines.append(f"{part.num_records:>12,}  {'  ' * part.depth}{part.text}{note}")
+        unknown = f" ({part.num_unknown:,} unknown)" if part.num_unknown else ""
+        lines.append(f"{part.num_records:>12,}  {'  ' * part.depth}{part.text}{unknown}{note}")
     return "\n".join(lines)
 
 
 def _counts(catalog: Catalog, expressions: list[Expression], index: Index | None) -> list[int]:
-    """Args:   expressions: as `_nested` lists them."""
+    """Args:   expressions: one or more, each with all its parts as `_nested` lists them."""
     counts = [0] * len(expressions)
-    if index is not None:
-        _count(expressions, 0, index, counts)
-    else:
-        for _, conditions in scan(catalog, expressions[:1]):
-            _count(expressions, 0, conditions, counts)
+    chunks = [index] if index is not None else (conditions for _, conditions in scan(catalog, expressions))
+    for conditions in chunks:
+        place = 0
+        while place < len(expressions):
+            _, place = _count(expressions, place, conditions, counts)
     return counts
+
+
+def _known(expression: Expression) -> Expression:
+    """What is true for the records that a term can be answered for."""
+    if isinstance(expression, Range | Values):
+        return Range(expression.number, -math.inf, None)
+    if isinstance(expression, Rating):
+        return Rating(tuple(range(1, len(RATINGS))))
+    return Everything()
 
 
 def _count(expressions: list[Expression], place: int, conditions: Conditions, counts: list[int]) -> tuple[Ints, int]:
@@ -103,4 +133,6 @@ def _nested(expression: Expression, depth: int) -> list[tuple[Expression, int]]:
 def _text(query: Query, expression: Expression) -> str:
     if isinstance(expression, Everything):
         return "(everything)"
+    if isinstance(expression, Or) and all(query.text[part.start - 1 : part.start] == "~" for part in expression.parts):
+        return " ".join(f"~{_text(query, part)}" for part in expression.parts)  # other terms may stand between
     return query.text[expression.start : expression.stop]

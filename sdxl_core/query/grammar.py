@@ -88,7 +88,7 @@ class _Reader:
 
     def all(self) -> Expression:
         required: list[Expression] = []
-        optional: list[Expression] = []
+        optional: list[_Optional] = []
         while self.next.kind not in ("end", ")", "or"):
             if self.next.kind == "and":
                 if not (required or optional):
@@ -99,14 +99,15 @@ class _Reader:
             word = self.next
             term = self.term()
             if isinstance(term, _Optional):
-                optional.append(term.part)
+                optional.append(term)
             elif term is not None:
                 required.append(term)
                 if (term.part if isinstance(term, Not) else Not(term)) in required:
                     self.fail("this term is both wanted and unwanted, so nothing can match", "one of the two", at=word)
         if optional:
-            either = Or(tuple(optional), start=optional[0].start, stop=optional[-1].stop)
-            required.append(either if len(optional) > 1 else optional[0])
+            parts = tuple(term.part for term in optional)
+            either = Or(parts, start=optional[0].start, stop=optional[-1].stop)
+            required.append(either if len(parts) > 1 else replace(parts[0], start=either.start))
         if not required:
             return Everything(start=self.next.start, stop=self.next.start)
         if len(required) == 1:

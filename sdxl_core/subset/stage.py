@@ -101,10 +101,20 @@ def select(catalog: Catalog, query: Query) -> Selection:
 
 
 def explain_query(config: SubsetConfig, *, progress: Progress = no_progress) -> str:
-    """The counts of every term of the query, before anything is done with it. Raises: as `subset`."""
+    """The counts of every term of the query, before anything is done with it, and of what would be picked.
+
+    Raises: as `subset`.
+    """
     query = parse(config.query)
     catalog = _look_at(config, query, progress).catalog
-    return explained_text(explain(catalog, query, open_index(catalog)), catalog.num_records)
+    explained = explain(catalog, query, open_index(catalog))
+    picked = select(catalog, query)
+    names = ("limit", "random")
+    why = [f"{name}:{number:,}" for name in names if (number := getattr(query, name)) is not None]
+    if picked.num_matched < explained[0].num_records:
+        why.insert(0, f"{explained[0].num_records - picked.num_matched:,} of unknown tags are left out")
+    line = f"{len(picked.records):>12,}  picked" + (f" ({', '.join(why)})" if why else "")
+    return f"{explained_text(explained, catalog.num_records)}\n{line}"
 
 
 class _LookedAt(NamedTuple):
@@ -171,5 +181,11 @@ def _nothing_matches(config: SubsetConfig, query: Query, looked_at: _LookedAt) -
     if unjudged:
         reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(unjudged).items())
         lines.append(f"  {len(unjudged)} of them cannot be judged ({reasons}).")
-    lines.append(explained_text(explain(catalog, query, open_index(catalog)), catalog.num_records))
+    explained = explain(catalog, query, open_index(catalog))
+    lines += [
+        f"  {part.text} cannot be answered for {part.num_unknown:,} of them: what is unknown matches nothing."
+        for part in explained
+        if part.num_unknown and not part.num_records
+    ]
+    lines.append(explained_text(explained, catalog.num_records))
     return "\n".join(lines)
