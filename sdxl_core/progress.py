@@ -8,6 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+_UNITS = {
+    "train": "step",
+    "catalog": "part",
+    "merge-json": "file",
+    "verify": "file",
+    "convert": "file",
+    "compact": "shard",
+    "pack": "tar",
+    "remove": "file",
+}  # by stage; others count pictures
+
 
 class Progress(Protocol):
     """Called with absolute numbers, as often as the work likes; whoever draws it limits the rate."""
@@ -31,7 +42,7 @@ def terminal_progress() -> Iterator[Progress]:
 
     def draw(stage: str, done: int, total: int, note: str = "") -> None:
         if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=stage, unit="img" if stage != "train" else "step", dynamic_ncols=True)
+            bars[stage] = tqdm(total=total, desc=stage, unit=_UNITS.get(stage, "img"), dynamic_ncols=True)
         bar = bars[stage]
         bar.total = total
         bar.set_postfix_str(note, refresh=False)

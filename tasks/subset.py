@@ -15,7 +15,7 @@ from tasks.policies import CACHED, ONCE, RETRIED
 @task(name="list-subset", task_run_name="subset {config.query}", **ONCE, **RETRIED)
 def list_subset(config: SubsetConfig) -> SubsetRef:
     """Write the manifest of the pictures that the query picks."""
-    ref = core.subset(config, progress=ProgressArtifact("subset-progress", "pictures looked at"))
+    ref = core.subset(config, progress=ProgressArtifact("subset-progress", "parts of the folder read"))
     show_result(ref, key="subset", title="Subset")
     return ref
 
@@ -23,7 +23,7 @@ def list_subset(config: SubsetConfig) -> SubsetRef:
 @task(name="plan-subset", task_run_name="plan-subset {config.query}", **ONCE, **RETRIED)
 def plan_subset(config: SubsetConfig) -> SubsetPlanRef:
     """Pick pictures by the query, look at what is in the folder, cut the picks into shards."""
-    return core.plan_subset(config, progress=ProgressArtifact("subset-looking-progress", "pictures looked at"))
+    return core.plan_subset(config, progress=ProgressArtifact("subset-looking-progress", "parts of the folder read"))
 
 
 @task(name="place-shard", task_run_name="place-shard-{shard.index}", **CACHED, **RETRIED)

@@ -21,7 +21,7 @@ from sdxl_core.catalog.mapped import open_arrow, write_arrow
 from sdxl_core.catalog.parts import Part, PartWriter, left_out_path, rows_path, vocab_path
 from sdxl_core.catalog.records import MANIFEST, Catalog, joined_path
 from sdxl_core.catalog.schema import FORMAT, VOCABULARY
-from sdxl_core.catalog.sources import reader_of, resolved
+from sdxl_core.catalog.sources import check_sources, reader_of, resolved
 from sdxl_core.catalog.sources.base import STAGE, rejected
 from sdxl_core.dataset import forked
 from sdxl_core.errors import DataError
@@ -55,7 +55,7 @@ def build_catalog(config: CatalogConfig, *, progress: Progress = no_progress) ->
 def plan_catalog(config: CatalogConfig) -> list[CatalogPlanRef]:
     """What there is to read, in parts. Raises: ConfigError, DataError."""
     work = config.out / "parts"
-    work.mkdir(parents=True, exist_ok=True)
+    check_sources(config.sources)
     plans: list[CatalogPlanRef] = []
     for number, source in enumerate(config.sources):
         source = resolved(source)

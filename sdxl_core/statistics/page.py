@@ -10,7 +10,15 @@ from sdxl_core.files import write_atomic
 from sdxl_core.report.charts import bar_chart, column_chart
 from sdxl_core.report.page import STYLE
 from sdxl_core.statistics.collect import CatalogStatistics, TagCount, TokenLengths
-from sdxl_core.statistics.tables import LIMITS, TEXT_NAMES, headline, lacking_rows, rating_names, token_rows
+from sdxl_core.statistics.tables import (
+    LIMITS,
+    TEXT_NAMES,
+    headline,
+    knows_ratings,
+    lacking_rows,
+    rating_names,
+    token_rows,
+)
 
 TABLE_STYLE = """
 td:not(:first-child), th:not(:first-child) { text-align: right; }
@@ -106,7 +114,7 @@ def _frequency(name: str, tags: Sequence[TagCount], num_records: int) -> str:
 def _pictures(statistics: CatalogStatistics) -> str:
     total = statistics.num_records
     parts = []
-    if statistics.lacking["rating"] < total:
+    if knows_ratings(statistics):
         parts.append(f"<h2>Ratings</h2>{bar_chart(rating_names(statistics), total=total)}")
     if statistics.num_sizes:
         parts += [

@@ -21,31 +21,31 @@ RATING_NAMES = {"g": "general", "s": "sensitive", "q": "questionable", "e": "exp
 
 
 def markdown(statistics: CatalogStatistics) -> str:
-    """All tables, one after the other."""
+    """All tables of which anything is known, one after the other."""
     parts = [
         f"# Statistics of {_plain(headline(statistics))}",
         "## What is missing",
         table(("what", "pictures", "share"), lacking_rows(statistics)),
-        "## Lengths in tokens",
-        table(("text", "texts", "mean", "median", "longest", *(f"over {n}" for n in LIMITS)), token_rows(statistics)),
-        "## Tags",
-        table(
-            ("category", "different tags", "uses"),
-            [(name, f"{tags:,}", f"{uses:,}") for name, (tags, uses) in statistics.tag_totals.items()],
-        ),
     ]
+    if statistics.tokens:
+        head = ("text", "texts", "mean", "median", "longest", *(f"over {limit}" for limit in LIMITS))
+        parts += ["## Lengths in tokens", table(head, token_rows(statistics))]
+    if statistics.tag_totals:
+        totals = [(name, f"{tags:,}", f"{uses:,}") for name, (tags, uses) in statistics.tag_totals.items()]
+        parts += ["## Tags", table(("category", "different tags", "uses"), totals)]
     for name, tags in statistics.tags.items():
         rows = [(row.tag, f"{row.num_records:,}", _share(row.num_records, statistics)) for row in tags[:NUM_ROWS]]
         parts += [f"### Most frequent: {name}", table(("tag", "pictures", "share"), rows)]
     for name, company in statistics.together.items():
         together = [(row.tag, f"{row.num_records:,}", f"{row.share:.1%}", f"{row.lift:.1f}") for row in company]
         parts += [f"### Beside {_plain(name)}", table(("tag", "pictures", "share", "lift"), together[:NUM_ROWS])]
-    for title, counts in (
-        ("Ratings", rating_names(statistics)),
-        ("Aspect ratios", statistics.aspects),
-        ("Megapixels", statistics.megapixels),
-        ("Most frequent sizes", dict(list(statistics.sizes.items())[:NUM_ROWS])),
-    ):
+    known: dict[str, dict[str, int]] = {}
+    if knows_ratings(statistics):
+        known["Ratings"] = rating_names(statistics)
+    if statistics.num_sizes:
+        known |= {"Aspect ratios": statistics.aspects, "Megapixels": statistics.megapixels}
+        known["Most frequent sizes"] = dict(list(statistics.sizes.items())[:NUM_ROWS])
+    for title, counts in known.items():
         rows = [(name, f"{count:,}", _share(count, statistics)) for name, count in counts.items()]
         parts += [f"## {title}", table((title.lower(), "pictures", "share"), rows)]
     return "\n\n".join(parts) + "\n"
@@ -58,6 +58,11 @@ def headline(statistics: CatalogStatistics) -> str:
             return f"{statistics.num_records:,} pictures"
         return f"{statistics.num_records:,} of {statistics.num_in_catalog:,} pictures"
     return f"{statistics.num_records:,} of {statistics.num_in_catalog:,} pictures that match {statistics.query!r}"
+
+
+def knows_ratings(statistics: CatalogStatistics) -> bool:
+    """Whether the rating of any picture is known."""
+    return statistics.lacking["rating"] < statistics.num_records
 
 
 def rating_names(statistics: CatalogStatistics) -> dict[str, int]:

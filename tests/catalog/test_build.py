@@ -23,7 +23,7 @@ from sdxl_core.catalog.records import Catalog
 from sdxl_core.catalog.schema import ROWS
 from sdxl_core.catalog.sources import jsonl as jsonl_source
 from sdxl_core.catalog.sources import parquet
-from sdxl_core.errors import DataError
+from sdxl_core.errors import ConfigError, DataError
 
 NUM_ROWS = 1_200
 BUILD = """
@@ -192,3 +192,26 @@ def test_a_source_that_cannot_be_read_leaves_the_catalog_as_it_was(tmp_path: Pat
             CatalogConfig(sources=(*sources, CatalogSource(path=tmp_path / "in" / "bad.parquet")), out=out, processes=1)
         )
     assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": "nothere"}, r"nothere: does not exist\. Name a folder of pictures, of tars or of parquet"),
+        ({"path": "nothere.parquet"}, r"nothere\.parquet: does not exist"),
+        ({"path": "cat.toml"}, r"cat\.toml: a file of no known kind.*--config"),
+        ({"path": "pix", "ratings": ("g",)}, r"pix: `ratings` is set.*Put `ratings` at the parquet"),
+        ({"path": "empty"}, "no pictures in it"),
+    ],
+)
+def test_sources_are_looked_at_before_anything_is_written(tmp_path: Path, source: dict[str, Any], said: str) -> None:
+    (tmp_path / "cat.toml").touch()
+    for folder in ("pix", "empty"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pix" / "1.png").write_bytes(b"x")
+    bad = CatalogSource(**{**source, "path": tmp_path / source["path"]})
+    before = sorted(tmp_path.rglob("*"))
+    others = () if source["path"] in ("pix", "empty") else (CatalogSource(path=tmp_path / "pix"),)
+    with pytest.raises(ConfigError if source["path"] != "empty" else DataError, match=said):
+        build_catalog(CatalogConfig(sources=(*others, bad), out=tmp_path / "c"))
+    assert sorted(tmp_path.rglob("*")) == before

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
 from support.runs import task_states
 
 from sdxl_core.config import SubsetConfig
@@ -22,6 +23,9 @@ def test_a_shard_is_placed_once_and_again_when_a_file_is_gone(tmp_path: Path) ->
     first = subset(config)
     assert first.num_kept == 6
     assert task_states("subset")["place-shard: Completed"] == 3
+    with get_client(sync_client=True) as client:
+        told = [artifact.description or "" for artifact in client.read_artifacts()]
+    assert any(text.startswith("parts of the folder read: 1 of 1") for text in told), told
     assert subset(config) == first
     assert task_states("subset")["place-shard: Cached"] == 3
     (tmp_path / "out" / "3.txt").unlink()

@@ -42,3 +42,19 @@ def test_nothing_to_count_is_told(catalog: Path) -> None:
         statistics(StatisticsConfig(source=catalog, query="comic", out=catalog.parent / "out"))
     with pytest.raises(ConfigError, match="not a catalog"):
         statistics(StatisticsConfig(source=catalog.parent / "in", out=catalog.parent / "out"))
+
+
+def test_what_nobody_knows_has_no_table(catalog: Path) -> None:
+    """A folder tells neither ratings nor sizes: page and tables leave them out; a source that does brings them back."""
+    ref = statistics(StatisticsConfig(source=catalog, out=catalog.parent / "out"))
+    unknown, known = ("Ratings", "Aspect ratios", "Megapixels", "izes"), ("## What is missing", "## Tags")
+    text, page = ref.tables.read_text(), ref.path.read_text()
+    assert all(f"## {title}" not in text and f"<h2>{title}" not in page for title in unknown)
+    assert "Most frequent sizes" not in text and "| size unknown | 40 | 100.0% |" in text
+    assert all(title in text for title in known)
+    facts = catalog.parent / "facts.jsonl"
+    facts.write_text('{"key": "1", "width": 300, "height": 200, "rating": "q"}')
+    sources = (CatalogSource(path=catalog.parent / "in"), CatalogSource(path=facts))
+    build_catalog(CatalogConfig(sources=sources, out=catalog, processes=1))
+    text = statistics(StatisticsConfig(source=catalog, out=catalog.parent / "out")).tables.read_text()
+    assert "| questionable | 1 | 2.5% |" in text and "## Megapixels" in text and "| 300 x 200 | 1 |" in text

@@ -7,11 +7,36 @@ read(source, payload, writer) -> list[Rejected]       one piece: its rows go to 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from sdxl_core.catalog.config import CatalogSource
 from sdxl_core.catalog.sources.base import Reader
+from sdxl_core.errors import ConfigError
+
+_BY_ENDING = {".parquet": "parquet", ".tar": "tars", ".json": "json", ".jsonl": "jsonl"}
+
+
+def check_sources(sources: Sequence[CatalogSource]) -> None:
+    """Before anything is written. Raises: ConfigError: one is not there, of no known kind, or has no ratings."""
+    for source in sources:
+        path = source.path
+        if source.kind != "folder" and not path.exists():
+            raise ConfigError(
+                f"source = {path}: does not exist. Name a folder of pictures, of tars or of parquet files, or a file "
+                f"that ends in {', '.join(_BY_ENDING)}."
+            )
+        if source.kind == "auto" and path.is_file() and kind_of(source) == "folder":
+            raise ConfigError(
+                f"source = {path}: a file of no known kind; {', '.join(_BY_ENDING)} are known by their ending, others "
+                f"need `kind`. A TOML with [[sources]] is given with --config."
+            )
+        if source.ratings and resolved(source).kind in ("folder", "tars"):
+            raise ConfigError(
+                f"source = {path}: `ratings` is set and pictures beside text files have none. Put `ratings` at the "
+                f"parquet, JSON or JSONL source that knows them; it leaves out the pictures of all sources."
+            )
 
 
 def resolved(source: CatalogSource) -> CatalogSource:
@@ -28,10 +53,9 @@ def reader_of(source: CatalogSource) -> Reader:
 
 def kind_of(source: CatalogSource) -> str:
     """What a path holds, by its ending or, for a folder, by what lies in it; a folder of pictures if nothing else."""
-    by_ending = {".parquet": "parquet", ".tar": "tars", ".json": "json", ".jsonl": "jsonl"}
     if source.path.is_dir():
         for entry in sorted(source.path.iterdir()):
-            if by_ending.get(entry.suffix.lower()) in ("parquet", "tars") and entry.is_file():
-                return by_ending[entry.suffix.lower()]
+            if _BY_ENDING.get(entry.suffix.lower()) in ("parquet", "tars") and entry.is_file():
+                return _BY_ENDING[entry.suffix.lower()]
         return "folder"
-    return by_ending.get(source.path.suffix.lower(), "folder")
+    return _BY_ENDING.get(source.path.suffix.lower(), "folder")
