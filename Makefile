@@ -19,11 +19,12 @@ demo: setup
 up: setup
 	$(BIN)/sdxl-flows up
 
+# Two test processes with two threads each share two cores: threads that spin while they wait take twice the time.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-system: setup
-	$(BIN)/python -m pytest -m system -n 2 --dist loadfile tests/system
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m system -n 2 --dist loadfile tests/system
 
 bench-chaos: setup
 	$(BIN)/python benchmarks/chaos.py --page benchmarks/chaos.md
