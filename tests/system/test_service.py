@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,14 @@ def pictures(tmp_path: Path) -> Path:
 def started_here(service: Service, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """`sdxl-flows up`, as in a terminal; what it says is in up.txt of the service's folder."""
     command = [sys.executable, "-m", "sdxl_core.cli", "up", *options]
+    hears_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in a shell's background do not
     with (
         open(service.folder / "up.txt", "wb") as said,
         subprocess.Popen(
-            command, cwd=ROOT, env=service.environment, stdout=said, stderr=said, start_new_session=True
+            command, cwd=ROOT, env=service.environment, stdout=said, stderr=said, start_new_session=True,
+            preexec_fn=hears_ctrl_c,
         ) as supervisor,
-    ):
+    ):  # fmt: skip
         try:
             yield supervisor
         finally:
