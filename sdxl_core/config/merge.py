@@ -36,7 +36,13 @@ class MergeTagsOptions(Section):
     empty_tags: Literal["keep", "reject"] = Field(
         "keep", description="a picture whose text files are empty: keep it with an empty caption, or reject it"
     )
-    num_shards: int = Field(8, ge=1, le=10_000, description="the folder is read in this many parallel shards")
+    num_shards: int = Field(
+        8,
+        ge=1,
+        le=10_000,
+        description="what is merged is cut into so many parallel shards; a folder into more where one would have over "
+        "32,768 pictures",
+    )
 
 
 class MergeTagsConfig(MergeTagsOptions, SourceOptions):

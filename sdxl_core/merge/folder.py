@@ -39,21 +39,28 @@ from sdxl_core.merge.texts import Texts
 from sdxl_core.refs import MergeShardRef, ShardRef
 
 ENTRIES_A_WRITE = 256  # more only fills memory
+IMAGES_A_SHARD = 32_768
 MIN_IMAGES_A_PROCESS = 2_000  # below, a fork costs more than it saves (benchmarks/merge_tags.md)
 
 
 def plan_folder(config: MergeTagsConfig) -> list[ShardRef]:
-    """List the pictures and cut them into at most `num_shards` contiguous shards.
+    """List the pictures and cut them into contiguous shards, as many as `num_parts` says.
 
     A shard's digest covers the names of its pictures, the sizes and times of their text files, and the settings; not
     the pictures themselves, which merging does not open.
     Raises: ConfigError, DataError.
     """
     listing = list_folder(config)
-    num_shards = min(config.num_shards, len(listing.names))
+    num_shards = num_parts(listing, config)
     plan = partial(_plan_shard, config=config, listing=listing, num_shards=num_shards)
     count = forked.num_processes(min(num_shards, len(listing.names) // MIN_IMAGES_A_PROCESS))
     return list(forked.map_forked(plan, range(num_shards), count=count))
+
+
+def num_parts(listing: NameListing, config: MergeTagsConfig) -> int:
+    """How many shards a listing is cut into: a shard's names are held as text by the process that works on it."""
+    num_images = len(listing.names)
+    return min(num_images, max(config.num_shards, -(-num_images // IMAGES_A_SHARD)))
 
 
 def list_folder(config: MergeTagsConfig) -> NameListing:

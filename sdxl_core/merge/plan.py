@@ -10,7 +10,14 @@ from typing import TypeVar
 from sdxl_core.catalog.records import is_catalog
 from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset import forked
-from sdxl_core.merge.folder import MIN_IMAGES_A_PROCESS, list_folder, merge_part, pieces_of_folder, plan_folder
+from sdxl_core.merge.folder import (
+    MIN_IMAGES_A_PROCESS,
+    list_folder,
+    merge_part,
+    num_parts,
+    pieces_of_folder,
+    plan_folder,
+)
 from sdxl_core.merge.join import join_shards
 from sdxl_core.merge.shards import any_finished, check_out, merge_lock, shard_is_merged, write_shard
 from sdxl_core.progress import Progress, no_progress
@@ -37,7 +44,7 @@ def _merge_tags(config: MergeTagsConfig, progress: Progress) -> MetadataRef:
     else:
         listing = list_folder(config)
         total = len(listing.names)
-        num_shards = min(config.num_shards, total)
+        num_shards = num_parts(listing, config)
         work = partial(merge_part, config=config, listing=listing, num_shards=num_shards)
         merged = _mapped(work, range(num_shards), total)
 
@@ -57,7 +64,7 @@ def _mapped(work: Callable[[T], MergeShardRef], items: Sequence[T], num_images: 
 
 
 def plan_merge(config: MergeTagsConfig) -> list[ShardRef]:
-    """Cut a folder's pictures, or a catalog's records, into at most `num_shards` contiguous shards.
+    """Cut a folder's pictures, or a catalog's records, into contiguous shards.
 
     Raises: ConfigError, DataError.
     """

@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.tag_folders import EXTENSIONS, NESTED, as_sd_scripts, make, merge, stems, texts
 
+from sdxl_core.config import MergeTagsConfig
 from sdxl_core.dataset.metadata import read_metadata
 from sdxl_core.merge import folder as folder_module
 from sdxl_core.merge import texts as texts_module
+from sdxl_core.merge.plan import plan_merge
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -58,6 +60,15 @@ def test_nested_folders_with_captions_give_the_bytes_of_sd_scripts(
         path.with_suffix(".caption").write_bytes(caption.encode())
     merge(folder / "in", folder / "out.json", key_style="full_path", num_shards=num_shards)
     assert (folder / "out.json").read_text() == as_sd_scripts(folder / "in", full_path=True, recursive=True)
+
+
+def test_no_shard_grows_with_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "in", NESTED)
+    monkeypatch.setattr(folder_module, "IMAGES_A_SHARD", 2)
+    config = MergeTagsConfig(source=folder, out=tmp_path / "planned.json", num_shards=1, key_style="full_path")
+    assert [shard.stop - shard.start for shard in plan_merge(config)] == [2, 2, 2]
+    merge(folder, tmp_path / "out.json", num_shards=1, key_style="full_path")
+    assert (tmp_path / "out.json").read_text() == as_sd_scripts(folder, full_path=True, recursive=True)
 
 
 def test_relative_keys_name_the_path_below_the_source(tmp_path: Path) -> None:
