@@ -186,7 +186,7 @@ class VerifiedRef:
     """A latent set all of whose bytes were read.
 
     findings: what was bad, a JSON line each; all of it is repaired. None where the set cannot be written to.
-    num_rows: latents of pictures that are good now.   num_repaired: of them encoded again.
+    num_rows: latents that were good when read.   num_repaired: the others, encoded again.
     """
 
     path: Path
