@@ -101,8 +101,8 @@ def _(ref: LatentSetRef) -> str:
 def _(ref: VerifiedRef) -> str:
     repaired = f", {ref.num_repaired:,} encoded again" if ref.num_repaired else ", nothing was bad"
     return (
-        f"verify: {ref.num_rows:,} good latents in {counted(ref.num_files, 'file')}, {ref.num_bytes / 1e9:.2f} GB read in "
-        f"{ref.seconds:.1f} s{repaired} -> {ref.path}"
+        f"verify: {ref.num_rows:,} good latents in {counted(ref.num_files, 'file')}, {ref.num_bytes / 1e9:.2f} GB read "
+        f"in {ref.seconds:.1f} s{repaired} -> {ref.path}"
     )
 
 
