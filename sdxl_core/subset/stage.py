@@ -112,7 +112,7 @@ def explain_query(config: SubsetConfig, *, progress: Progress = no_progress) -> 
     names = ("limit", "random")
     why = [f"{name}:{number:,}" for name in names if (number := getattr(query, name)) is not None]
     if picked.num_matched < explained[0].num_records:
-        why.insert(0, f"{explained[0].num_records - picked.num_matched:,} of unknown tags are left out")
+        why.insert(0, f"{explained[0].num_records - picked.num_matched:,} of unknown tags left out")
     line = f"{len(picked.records):>12,}  picked" + (f" ({', '.join(why)})" if why else "")
     return f"{explained_text(explained, catalog.num_records)}\n{line}"
 

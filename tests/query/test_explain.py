@@ -87,7 +87,7 @@ def test_a_subset_that_is_empty_as_nothing_is_known_says_so(catalog: Path, capsy
     [
         ("limit:2", 2, " (limit:2)"),
         ("random:3 limit:9", 3, " (limit:9, random:3)"),
-        ("-boat", 1, " (1 of unknown tags are left out)"),
+        ("-boat", 1, " (1 of unknown tags left out)"),
         ("boat", 2, ""),
     ],
 )
