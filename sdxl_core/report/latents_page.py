@@ -53,7 +53,10 @@ def write_latents_page(config: CacheLatentsConfig, ref: LatentSetRef) -> Path:
 
 def _speed(ref: LatentSetRef) -> str:
     speed = speed_over_time(ref.path)
-    last_s = speed[-1][0] if speed else 0
+    if len(speed) < 2:
+        told = f"{speed[0][1]:,.1f} pictures a second between the two commits." if speed else "One commit: no speed."
+        return f"<p>{told}</p>"
+    last_s = speed[-1][0]
     unit, seconds = ("hours", 3600) if last_s > 7200 else ("minutes", 60) if last_s > 120 else ("seconds", 1)
     points = [(time_s / seconds, rate) for time_s, rate in speed]
     return line_chart(

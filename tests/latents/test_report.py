@@ -51,6 +51,7 @@ def test_a_trained_vae_shows_what_it_makes_of_the_latents(make_job: Any, tmp_pat
         cache_latents(config)
         pages.append((config.out / "latents.html").read_text())
     assert "of their middle" in pages[1] and "random weights" not in pages[1] and "random weights" in pages[0]
+    assert "One commit: no speed." in pages[0]
     widths = [Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split("'")[0]))).width for page in pages]
     assert widths[1] > 1.4 * widths[0] and "Bound by" in pages[1]
 
