@@ -88,12 +88,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interrupted_then_killed_then_finished_equals_undisturbed(config: Configure, train: Train) -> None:
     """Ctrl-C saves the state; kill -9 costs the steps since the last state; the result is the same to the bit."""
-    disturbed = config(max_train_steps=9, caption_dropout_rate=0.3)
+    disturbed = config(max_train_steps=20, caption_dropout_rate=0.3)
     with pytest.raises(KeyboardInterrupt):
         launch_training(disturbed, progress=at_step(2, interrupt))
     assert not trainers(disturbed.out)
     (first,) = saved_steps(disturbed)
-    assert 2 <= first < 7
+    assert 2 <= first < 12, "the kill must find it at work"
 
     with pytest.raises(TransientError, match="was killed") as error:
         launch_training(disturbed, progress=at_step(first + 2, lambda: kill_trainers(disturbed.out)))
