@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -37,9 +37,17 @@ class Browser:
         def visible(driver: webdriver.Chrome) -> WebElement | None:
             return next((one for one in driver.find_elements(By.XPATH, xpath) if one.is_displayed()), None)
 
-        return WebDriverWait(
-            self.driver, timeout_s, ignored_exceptions=(WebDriverException,)
-        ).until(visible, f"{xpath} is not shown at {self.driver.current_url}")  # fmt: skip
+        try:
+            return WebDriverWait(self.driver, timeout_s, ignored_exceptions=(WebDriverException,)).until(visible)
+        except TimeoutException:
+            raise AssertionError(f"not shown: {xpath}\n{self.what_is_shown()}") from None
+
+    def what_is_shown(self) -> str:
+        """The page's address and text, and the values of its fields."""
+        fields = self.driver.find_elements(By.XPATH, "//textarea | //input")
+        typed = [value for field in fields if (value := field.get_attribute("value"))]
+        body = self.driver.find_element(By.TAG_NAME, "body").text
+        return f"{self.driver.current_url}\n{body}\nfields: {typed}"
 
     def shoot(self, path: Path, *, height_px: int = 900) -> None:
         """Keep a picture of the page."""

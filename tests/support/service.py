@@ -56,17 +56,32 @@ class Service:
             return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
 
     def wait_for(self, run: UUID, name: str, *, timeout_s: float = 120) -> Any:
-        """The run's state, once it has this name. Fails where it ended otherwise."""
+        """The run's state, once it has this name. Fails where it ended otherwise, with its states and last words."""
 
         def look() -> Any:
             with self.client() as client:
                 state = client.read_flow_run(run).state
             assert state is not None
             is_there = state.name == name
-            assert is_there or not (state.is_completed() or state.is_failed() or state.is_cancelled()), state
+            assert is_there or not (state.is_completed() or state.is_failed() or state.is_cancelled())
             return state if is_there else None
 
-        return wait_until(look, timeout_s=timeout_s, what=f"state {name} of run {run}")
+        try:
+            return wait_until(look, timeout_s=timeout_s, what=f"state {name} of run {run}")
+        except AssertionError as failure:
+            raise AssertionError(f"run {run} is not {name}:\n{self.story_of(run)}") from failure
+
+    def story_of(self, run: UUID) -> str:
+        """What happened to a run: its states, then the end of its log."""
+        from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+        from prefect.client.schemas.sorting import LogSort
+
+        logs_of = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
+        with self.client() as client:
+            states = sorted(client.read_flow_run_states(run), key=lambda state: state.timestamp)
+            logs = client.read_logs(log_filter=logs_of, sort=LogSort.TIMESTAMP_DESC, limit=50)
+        lines = [f"{state.timestamp:%H:%M:%S} {state.name}: {state.message or ''}" for state in states]
+        return "\n".join(lines + [f"{log.timestamp:%H:%M:%S} {log.message}" for log in reversed(logs)])
 
     def answers(self) -> bool:
         """Whether the server does."""

@@ -8,9 +8,10 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
-from support.service import Service
+from support.service import Service, wait_until
 
 from sdxl_core.demo import draw_samples
 
@@ -67,10 +68,12 @@ def test_a_job_is_filled_in_submitted_watched_and_looked_at(
     page.shoot(shots / "browser_form.png")
     page.find("//button[@type='submit']").click()
 
-    page.find("//a[contains(@href, '/runs/flow-run/')]").click()
-    page.find(ENDED, timeout_s=240)
-    page.open(page.driver.current_url)  # the timeline of the whole run
-    assert page.find(ENDED)
+    run = submitted_run(service, deployment, tmp_path / "run")
+    page.find(f"//a[contains(@href, '/runs/flow-run/{run}')]").click()  # other tests' runs are listed beside it
+    service.wait_for(run, "Completed", timeout_s=240)
+    page.find(ENDED)  # without being asked again
+    page.open(f"/runs/flow-run/{run}")  # the timeline of the whole run
+    page.find(ENDED)
     time.sleep(3)  # while it is drawn
     page.shoot(shots / "browser_run.png")
     assert (tmp_path / "run" / "model" / "last.safetensors").is_file()
@@ -84,6 +87,18 @@ def test_a_job_is_filled_in_submitted_watched_and_looked_at(
     page.open((tmp_path / "run" / "lineage.html").as_uri())
     assert page.find("//li[contains(., 'scenery -night')]")
     page.shoot(shots / "browser_lineage_page.png")
+
+
+def submitted_run(service: Service, deployment: UUID, out: Path) -> UUID:
+    """The run of this deployment that was asked to write there, once the server has it."""
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    def look() -> UUID | None:
+        with service.client() as client:
+            runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
+        return next((run.id for run in runs if run.parameters.get("job", {}).get("out") == str(out)), None)
+
+    return wait_until(look, timeout_s=60, what="the run that the form started")
 
 
 def open_artifact(page: Browser, service: Service, key: str) -> None:
