@@ -30,9 +30,9 @@ def start_temporary_server() -> None:
 
 
 def _serve(server: SubprocessASGIServer) -> subprocess.Popen[bytes]:
-    """The command Prefect 3.8 uses."""
+    """The command Prefect 3.8 uses, with our server."""
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(prefect.__module_path__.parent), "--factory"]
-    command += ["prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(server.port)]
+    command += ["flows.server:create_app", "--host", "127.0.0.1", "--port", str(server.port)]
     command += ["--log-level", "error", "--lifespan", "on"]
     environment = {
         **os.environ,

@@ -11,7 +11,7 @@ ROLES = {  # what the command line of each says
     "slot": (b"multiprocessing.spawn",),
     "trainer": (b"\0sdxl_core.training\0",),
     "worker": (b"worker\0start",),
-    "server": (b"server\0start", b"prefect.server.api.server:create_app"),
+    "server": (b"flows.server\0start", b"flows.server:create_app"),
 }
 
 
