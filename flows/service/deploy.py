@@ -64,7 +64,7 @@ def _refuse_unknown_parameters(client: SyncPrefectClient) -> None:
 
 
 def wait_for_runs(url: str) -> None:
-    """Have a server that has just started wait for signs of the runs that should be at work."""
+    """Have the server wait for signs of the runs that should be at work, after it or their worker has started anew."""
     with temporary_settings({PREFECT_API_URL: f"{url}/api"}), get_client(sync_client=True) as client:
         expect_signs_of_life(client)
 

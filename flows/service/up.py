@@ -230,7 +230,7 @@ def _keep_alive(children: list[Child], url: str) -> None:
     """Start a child again when it has ended, after a pause that doubles from 1 s to 60 s while it ends soon."""
     pause_s = dict.fromkeys((child.name for child in children), 1.0)
     due: dict[str, float] = {}  # those that have ended: when they are started again
-    is_new_server = False
+    has_new = False  # server or worker: both may have lost what was at work
     while True:
         time.sleep(0.5)
         for child in children:
@@ -246,11 +246,11 @@ def _keep_alive(children: list[Child], url: str) -> None:
                 del due[name]
                 pause_s[name] = min(60.0, 2 * pause_s[name])
                 child.start()
-                is_new_server |= name == "server"
-        if is_new_server and is_healthy(url):
+                has_new |= name in ("server", "worker")
+        if has_new and is_healthy(url):
             with suppress(HTTPError):  # it has ended again: the next one is told
                 wait_for_runs(url)
-                is_new_server = False
+                has_new = False
 
 
 def _tail(path: Path, num_lines: int = 15) -> str:

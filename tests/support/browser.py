@@ -42,6 +42,15 @@ class Browser:
         except TimeoutException:
             raise AssertionError(f"not shown: {xpath}\n{self.what_is_shown()}") from None
 
+    def click(self, xpath: str, *, timeout_s: float = 60) -> None:
+        """Click what is found there; again where the page is drawn anew under the pointer."""
+
+        def clicked(driver: webdriver.Chrome) -> bool:
+            self.find(xpath, timeout_s=timeout_s).click()
+            return True
+
+        WebDriverWait(self.driver, timeout_s, ignored_exceptions=(WebDriverException,)).until(clicked)
+
     def what_is_shown(self) -> str:
         """The page's address and text, and the values of its fields."""
         fields = self.driver.find_elements(By.XPATH, "//textarea | //input")

@@ -3,12 +3,13 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from support.service import free_ports
 
 VERSIONS = Path("/usr/lib/postgresql")
 
@@ -37,9 +38,7 @@ def postgres() -> Iterator[str]:
     folder = binaries()
     assert folder is not None
     user = _account() if os.geteuid() == 0 else None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     with TemporaryDirectory(prefix="postgres-") as home:
         if user:
             os.chown(home, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -56,6 +57,7 @@ def listening(pids: Iterable[int]) -> set[str]:
 
     found = set()
     for pid in pids:
-        connections: list[Any] = psutil.Process(pid).net_connections("inet")
-        found |= {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+        with suppress(psutil.NoSuchProcess):
+            connections: list[Any] = psutil.Process(pid).net_connections("inet")
+            found |= {c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
     return found

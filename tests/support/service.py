@@ -2,13 +2,14 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -40,13 +41,13 @@ class Service:
         """Args: changed: in the environment."""
         command, environment = [sys.executable, "-m", "sdxl_core.cli", *argv], self.environment | changed
         return subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
         )
 
     def prefect(self, *argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "prefect", *argv]
         return subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
         )
 
     def submit(self, deployment: str, parameters: dict[str, Any]) -> UUID:
@@ -55,7 +56,7 @@ class Service:
             found = client.read_deployment_by_name(deployment)
             return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
 
-    def wait_for(self, run: UUID, name: str, *, timeout_s: float = 120) -> Any:
+    def wait_for(self, run: UUID, name: str, *, timeout_s: float = 300) -> Any:
         """The run's state, once it has this name. Fails where it ended otherwise, with its states and last words."""
 
         def look() -> Any:
@@ -92,9 +93,12 @@ class Service:
             return False
 
     def runs_with_curves(self) -> list[str]:
-        """What its TensorBoard knows."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.curves_port}/data/runs", timeout=20) as answer:
-            return list(json.load(answer))
+        """What its TensorBoard knows; nothing while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.curves_port}/data/runs", timeout=20) as answer:
+                return list(json.load(answer))
+        except OSError:
+            return []
 
     def client(self) -> Any:
         """A client of this service's server."""
@@ -117,12 +121,14 @@ class Service:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with ExitStack() as probes:
-        opened = [probes.enter_context(socket.socket()) for _ in range(number)]
-        for probe in opened:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in opened]
+    """Ports of this machine that nobody listens on, below those that the system gives to connections."""
+    found: list[int] = []
+    while len(found) < number:
+        port = 15_000 + secrets.randbelow(17_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return list(found)
 
 
 def wait_until(look: Callable[[], T | None], *, timeout_s: float, what: str) -> T:

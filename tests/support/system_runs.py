@@ -1,5 +1,7 @@
 """Runs on a real service: what they are asked to do, what they leave, and how they are cancelled."""
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from support.service import Service, wait_until
 from sdxl_core.config import CacheLatentsConfig, MergeTagsConfig
 from sdxl_core.merge.plan import merge_tags
 
+CANCELLED_WITHIN_S = 30  # 10 are asked for and measured (docs/log.md); a busy machine may take longer
 SMALL = {"vae": "tiny", "resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256, "devices": "cpu"}
 
 
@@ -25,6 +28,18 @@ def latents_config(pictures: Path, out: Path, **changed: Any) -> CacheLatentsCon
 
 def parameters(config: Any) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json", exclude_defaults=True)}
+
+
+def submitted_run(service: Service, deployment: UUID, section: str, asked: dict[str, Any]) -> UUID:
+    """The run of a deployment that was asked for this, among all that are there, once the server has it."""
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    def look() -> UUID | None:
+        with service.client() as client:
+            runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
+        return next((run.id for run in runs if asked.items() <= run.parameters.get(section, {}).items()), None)
+
+    return wait_until(look, timeout_s=60, what="the run that the form started")
 
 
 def latents_of(out: Path) -> dict[str, bytes]:
@@ -45,16 +60,17 @@ def names_of(service: Service, run: UUID) -> list[str]:
     return [state.name for state in states_of(service, run)]
 
 
-def task_runs_of(service: Service, run: UUID) -> list[Any]:
-    """The task runs of a flow run, once the server has all their ends: it learns of them seconds later."""
+def task_runs_of(service: Service, run: UUID, num: int) -> list[Any]:
+    """The task runs of a flow run, once the server has so many and all their ends: it learns of them seconds later."""
     from prefect.client.schemas.filters import FlowRunFilter
 
     def look() -> list[Any] | None:
         with service.client() as client:
             runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
-        return list(runs) if runs and all(task.state is not None and task.state.is_final() for task in runs) else None
+        ended = [task for task in runs if task.state is not None and task.state.is_final()]
+        return ended if len(ended) == num else None
 
-    return wait_until(look, timeout_s=60, what="the ends of the task runs")
+    return wait_until(look, timeout_s=120, what=f"the ends of {num} task runs")
 
 
 def task_states_of(service: Service, task_run: UUID) -> list[Any]:
@@ -89,28 +105,39 @@ def cancel(service: Service, run: UUID) -> float:
     started = time.monotonic()
     with service.client() as client:
         client.set_flow_run_state(run, Cancelling())
-    wait_until(lambda: not processes_of(run), timeout_s=60, what="end of the run's processes")
+    wait_until(lambda: not processes_of(run), timeout_s=120, what="end of the run's processes")
     seconds = time.monotonic() - started
     service.wait_for(run, "Cancelled")
     return seconds
 
 
-def lose_runs(service: Service, folder: Path) -> tuple[UUID, UUID]:
-    """Two runs that are at work as far as the server knows, and have no process: one is resumed, the other is not."""
-    from prefect.states import Running
+def lose_runs(service: Service, folder: Path) -> tuple[UUID, UUID, UUID]:
+    """Runs that are at work as far as the server knows, and have no process: two are resumed, the one between is not.
+
+    The first two as a power cut leaves them; the last as its worker does, which is killed before it started the run.
+    """
+    from prefect.states import Pending, Running
 
     from flows.service.automations import expect_signs_of_life
 
     (folder / "a.png").write_bytes(b"never opened by merging")
     (folder / "a.txt").write_text("1girl")
-    merging = {"source": str(folder), "out": str(folder / "m.json")}
 
-    def lost(deployment: str, config: dict[str, str]) -> UUID:
+    def lost(deployment: str, state: Any, **config: str) -> UUID:
         found = client.read_deployment_by_name(deployment).id
-        run = client.create_flow_run_from_deployment(found, parameters={"config": config}, state=Running())
+        run = client.create_flow_run_from_deployment(found, parameters={"config": config}, state=state)
         return UUID(str(run.id))
 
+    def lost_merge(name: str, state: Any) -> UUID:
+        return lost("merge-tags/merge-tags", state, source=str(folder), out=str(folder / name))
+
     with service.client() as client:
-        runs = lost("merge-tags/merge-tags", merging), lost("verify-latents/verify-latents", {"path": str(folder)})
+        resumed, left = (
+            lost_merge("1.json", Running()),
+            lost("verify-latents/verify-latents", Running(), path=str(folder)),
+        )
         expect_signs_of_life(client)
-    return runs
+        never_started = lost_merge("2.json", Pending())
+    for pid in in_role("worker", set(service.processes())):
+        os.kill(pid, signal.SIGKILL)
+    return resumed, left, never_started

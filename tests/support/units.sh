@@ -20,9 +20,12 @@ units=(sdxl-flows-server sdxl-flows-worker sdxl-flows-tensorboard)
 main_pids() { systemctl --user show --property MainPID --value sdxl-flows-server sdxl-flows-worker | grep -v '^$'; }
 systemctl --user start sdxl-flows-worker
 echo "started: $(systemctl --user is-active "${units[@]}" | xargs)"
-# shellcheck disable=SC2046
-kill -KILL $(main_pids)
-until [ "$(systemctl --user is-active "${units[@]}" | sort -u)" = active ]; do sleep 0.5; done
+old=$(main_pids | xargs)
+# shellcheck disable=SC2086
+kill -KILL $old
+until [ "$(systemctl --user is-active "${units[@]}" | sort -u)" = active ] && [ "$(main_pids | xargs)" != "$old" ]; do
+  sleep 0.5
+done
 echo "back: $(systemctl --user is-active "${units[@]}" | xargs)"
 touch "$HOME/in/a.png"
 echo 1girl >"$HOME/in/a.txt"

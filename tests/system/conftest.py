@@ -51,14 +51,14 @@ def encoded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def running(folder: Path, *options: str) -> Iterator[Service]:
     """`sdxl-flows up` in the folder, and the proof that nothing of it is left afterwards."""
     service = Service(folder)
-    started = service.up(*options)
     try:
+        started = service.up(*options)
         assert started.returncode == 0, started.stdout + started.stderr
         assert f"running in the background: http://127.0.0.1:{service.port} " in started.stdout
         yield service
     finally:
         ended = service.command("down")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while service.processes() and time.monotonic() < deadline:
             time.sleep(0.5)
         left = service.processes()

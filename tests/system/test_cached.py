@@ -24,7 +24,7 @@ def test_shards_with_a_deleted_and_an_altered_file_are_redone_the_others_cached(
     run = service.submit("cache-latents/cache-latents", parameters(config))
     service.wait_for(run, "Completed")
     assert latents_of(tmp_path) == whole
-    shards = {task.name: task.state_name for task in task_runs_of(service, run) if "encode-shard" in task.name}
+    shards = {task.name: task.state_name for task in task_runs_of(service, run, 7) if "encode-shard" in task.name}
     assert shards == {
         "encode-shard-0": "Completed", "encode-shard-1": "Cached", "encode-shard-2": "Cached",
         "encode-shard-3": "Completed", "encode-shard-4": "Cached",

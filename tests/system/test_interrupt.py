@@ -22,15 +22,15 @@ def test_a_run_that_is_interrupted_ends_with_its_server(tmp_path: Path, number: 
             [sys.executable, "-m", "sdxl_core.cli", "demo", "--out", str(tmp_path / "out")],
             cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while "encode-shard" not in log.read_text() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(run.pid, number)
-        status = run.wait(timeout=60)
+        status = run.wait(timeout=120)
     assert status == (130 if number == signal.SIGINT else -signal.SIGKILL), log.read_text()[-2000:]
     if number == signal.SIGINT:
         assert "interrupted: what was finished is kept" in log.read_text()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while left_running(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert left_running(tmp_path) == []

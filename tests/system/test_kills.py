@@ -14,6 +14,7 @@ import pytest
 from support.run_processes import in_role
 from support.service import Service, wait_until
 from support.system_runs import (
+    CANCELLED_WITHIN_S,
     SMALL,
     begun,
     cancel,
@@ -30,8 +31,7 @@ from sdxl_core.latents.cache import cache_latents
 from sdxl_core.training.launch import launch_training
 
 pytestmark = pytest.mark.system
-CANCELLED_WITHIN_S = 10
-NUM_STEPS = 40
+NUM_STEPS = 80
 
 
 def kill(pids: set[int]) -> None:
@@ -48,7 +48,7 @@ def test_a_slot_and_then_the_server_die_and_the_run_goes_on(
     service: Service, pictures: Path, encoded: dict[str, bytes], tmp_path: Path
 ) -> None:
     run = service.submit("cache-latents/cache-latents", parameters(latents_config(pictures, tmp_path)))
-    wait_until(lambda: begun(tmp_path), timeout_s=120, what="first latents")
+    wait_until(lambda: begun(tmp_path), timeout_s=240, what="first latents")
     slot = {min(role_of(run, "slot"))}
     kill(slot)
     replaced(lambda: role_of(run, "slot"), role_of(run, "slot") | slot, what="slot")
@@ -66,11 +66,11 @@ def test_the_worker_dies_and_its_run_is_finished(
     service: Service, pictures: Path, encoded: dict[str, bytes], tmp_path: Path
 ) -> None:
     run = service.submit("cache-latents/cache-latents", parameters(latents_config(pictures, tmp_path)))
-    wait_until(lambda: begun(tmp_path), timeout_s=120, what="first latents")
+    wait_until(lambda: begun(tmp_path), timeout_s=240, what="first latents")
     worker = in_role("worker", set(service.processes()))
     kill(worker)
     replaced(lambda: in_role("worker", set(service.processes())), worker, what="worker")
-    service.wait_for(run, "Completed", timeout_s=300)
+    service.wait_for(run, "Completed", timeout_s=600)
     assert latents_of(tmp_path) == encoded
 
 
@@ -90,6 +90,11 @@ def to_train(latents: Path) -> Callable[[Path], TrainConfig]:
         )  # fmt: skip
 
     return config
+
+
+def saved(out: Path) -> list[str]:
+    """States of the training that are on disk."""
+    return [path.name for path in (out / "state").glob("step-*") if path.is_dir()]
 
 
 def tensors_of(out: Path) -> bytes:
@@ -119,19 +124,21 @@ def test_a_killed_and_a_cancelled_trainer_end_with_the_weights_of_an_undisturbed
     config = to_train(tmp_path / "run")
     run = service.submit("finetune/finetune", parameters(config))
     progress = config.out / "state" / "progress.json"
-    wait_until(progress.exists, timeout_s=120, what="first step")
+    wait_until(progress.exists, timeout_s=240, what="first step")
     killed = role_of(run, "trainer")
     kill(killed)
-    wait_until(lambda: not progress.exists(), timeout_s=60, what="the next attempt")
-    wait_until(progress.exists, timeout_s=120, what="its first step")
+    wait_until(lambda: not progress.exists(), timeout_s=180, what="the next attempt")
+    wait_until(progress.exists, timeout_s=240, what="its first step")
     assert role_of(run, "trainer").isdisjoint(killed)
+    wait_until(lambda: saved(config.out), timeout_s=120, what="a saved state")
     assert cancel(service, run) < CANCELLED_WITHIN_S
     assert not (config.out / "model" / "last.safetensors").exists(), "it was too quick to be cancelled"
-    assert 5 * 0.75 <= pause_before_the_retry_s(service, run) < 5 * 1.3 + 3  # jitter, and a busy machine
-    names = [path.name for path in (config.out / "state").iterdir() if path.is_dir()]
-    assert any(name.startswith("step") for name in names), names
+    assert (
+        5 * 0.75 <= pause_before_the_retry_s(service, run) < 15
+    )  # jitter, and a busy machine; the next one would be 15 at least
+    names = saved(config.out)
     again = service.submit("finetune/finetune", parameters(config))
-    service.wait_for(again, "Completed", timeout_s=240)
+    service.wait_for(again, "Completed", timeout_s=400)
     wait_until(lambda: any(name.startswith("run-") for name in service.runs_with_curves()), timeout_s=60, what="curves")
     assert f"steps {max(names)[5:].lstrip('0')} to {NUM_STEPS} on" in (config.out / "train.log").read_text()
     assert tensors_of(config.out) == tensors_of(

@@ -34,5 +34,5 @@ def test_a_losing_run_says_who_holds_the_output_and_finishes_when_it_is_free(ser
         service.wait_for(other, "Completed")  # another output waits for nobody
         assert not (tmp_path / "m.json").exists()
         holder.send_signal(signal.SIGKILL)
-    service.wait_for(run, "Completed")
+    service.wait_for(run, "Completed", timeout_s=300)  # its pauses double
     assert json.loads((tmp_path / "m.json").read_bytes()) == {"a": {"tags": "1girl"}}

@@ -54,7 +54,7 @@ def test_a_job_reaches_no_other_machine(pictures: Path, tmp_path: Path) -> None:
     for name in ("PREFECT_API_URL", "DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", code, job], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, job], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (tmp_path / "run" / "model" / "last.safetensors").is_file()

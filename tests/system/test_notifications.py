@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from support.service import ROOT, Service
+from support.service import ROOT, Service, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -59,10 +58,7 @@ def test_a_failed_run_is_told_to_the_webhook_that_its_job_names(
         "deployment", "run", "pipeline/pipeline", "--params", json.dumps({"job": job | {"notify": notify}}), "--watch"
     )
     assert run.returncode != 0
-    deadline = time.monotonic() + 60
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert told, run.stdout + run.stderr
+    wait_until(lambda: told, timeout_s=180, what=f"a call of the webhook ({run.stdout}{run.stderr})")
     assert all(once_more == told[0] for once_more in told)  # it has come twice on a loaded machine
     assert told[0]["subject"] == "sdxl-flows: a run has failed"
     assert "of pipeline: Failed" in told[0]["body"] and "does not exist" in told[0]["body"]
@@ -76,4 +72,5 @@ def test_a_block_that_is_not_there_is_told_by_its_name(service: Service, tmp_pat
     }
     run = service.prefect("deployment", "run", "pipeline/pipeline", "--params", json.dumps({"job": job}), "--watch")
     assert run.returncode != 0
-    assert "no such block" in (service.folder / "home" / "worker.log").read_text()
+    log = service.folder / "home" / "worker.log"
+    wait_until(lambda: "no such block" in log.read_text(), timeout_s=60, what="the reason in the worker's log")

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 from support.service import Service, wait_until
-from support.system_runs import begun, cancel, latents_config, latents_of, names_of, parameters, role_of
+from support.system_runs import (
+    CANCELLED_WITHIN_S,
+    begun,
+    cancel,
+    latents_config,
+    latents_of,
+    names_of,
+    parameters,
+    role_of,
+)
 
 pytestmark = pytest.mark.system
 
@@ -37,10 +46,10 @@ def test_a_run_that_crashes_is_finished_and_kept_in_postgresql(
 ) -> None:
     assert "server answers" in service.command("status").stdout
     run = service.submit("cache-latents/cache-latents", parameters(latents_config(pictures, tmp_path)))
-    wait_until(lambda: begun(tmp_path), timeout_s=120, what="first latents")
+    wait_until(lambda: begun(tmp_path), timeout_s=240, what="first latents")
     os.kill(min(role_of(run, "flow")), signal.SIGKILL)
-    service.wait_for(run, "Crashed", timeout_s=30)
-    service.wait_for(run, "Completed", timeout_s=300)
+    service.wait_for(run, "Crashed", timeout_s=120)
+    service.wait_for(run, "Completed", timeout_s=600)
     assert names_of(service, run).count("AwaitingRetry") == 1
     assert latents_of(tmp_path) == encoded
     assert ask(service.database_url, f"select state_name from flow_run where id = '{run}'") == "Completed"
@@ -49,8 +58,8 @@ def test_a_run_that_crashes_is_finished_and_kept_in_postgresql(
 
 def test_cancelling_ends_a_run_within_ten_seconds(service: Service, pictures: Path, tmp_path: Path) -> None:
     run = service.submit("cache-latents/cache-latents", parameters(latents_config(pictures, tmp_path)))
-    wait_until(lambda: begun(tmp_path), timeout_s=120, what="first latents")
-    assert cancel(service, run) < 10
+    wait_until(lambda: begun(tmp_path), timeout_s=240, what="first latents")
+    assert cancel(service, run) < CANCELLED_WITHIN_S
     assert 0 < begun(tmp_path) < 48
 
 

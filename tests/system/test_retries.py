@@ -27,7 +27,7 @@ def test_shards_that_failed_for_good_are_listed_and_started_again_by_a_link(serv
         (path / "in the way").mkdir(parents=True)
     run = service.submit("merge-tags/merge-tags", {"config": config})
     service.wait_for(run, "Failed")
-    shards = [task for task in task_runs_of(service, run) if task.name.startswith("merge-shard")]
+    shards = [task for task in task_runs_of(service, run, 5) if task.name.startswith("merge-shard")]
     assert sorted(task.state_name for task in shards) == ["Cached", "Cached", "Failed", "Failed"]
     assert all(task.run_count == 1 for task in shards if task.state_name == "Failed"), "a mistake was tried again"
 
@@ -43,6 +43,6 @@ def test_shards_that_failed_for_good_are_listed_and_started_again_by_a_link(serv
             UUID(link[1]), parameters=json.loads(unquote(unquote(link[2])))
         ).id
     service.wait_for(again, "Completed")
-    shards = [task for task in task_runs_of(service, again) if task.name.startswith("merge-shard")]
+    shards = [task for task in task_runs_of(service, again, 6) if task.name.startswith("merge-shard")]
     assert sorted(task.state_name for task in shards) == ["Cached", "Cached", "Completed", "Completed"]
     assert (tmp_path / "m.json").read_bytes() == whole

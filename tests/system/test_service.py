@@ -57,6 +57,7 @@ def merge_through_the_server(service: Service, source: Path, out: Path) -> subpr
 
 
 def test_status_tells_what_runs_and_a_second_up_is_refused(service: Service) -> None:
+    wait_until(lambda: "online" in service.command("status").stdout, timeout_s=180, what="the worker's first sign")
     status = service.command("status")
     assert status.returncode == 0 and "server answers" in status.stdout and "online, last heard of " in status.stdout
     assert f"logs: {service.folder / 'home'}/*.log" in status.stdout
@@ -85,7 +86,7 @@ def test_a_run_from_the_server_does_the_work(service: Service, pictures: Path, t
 
 
 def test_a_killed_worker_comes_back(service: Service, pictures: Path, tmp_path: Path) -> None:
-    workers = [pid for pid in service.processes() if b"worker\0start" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = in_role("worker", set(service.processes()))
     assert workers
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
@@ -96,7 +97,8 @@ def test_a_killed_worker_comes_back(service: Service, pictures: Path, tmp_path: 
 def test_a_port_in_use_is_told(tmp_path: Path) -> None:
     other = Service(tmp_path)
     with socket.socket() as holder:
-        holder.bind(("127.0.0.1", other.port))
+        holder.bind(("127.0.0.1", 0))
+        other.port = holder.getsockname()[1]
         holder.listen()
         refused = other.command("up", "--port", str(other.port))
     assert refused.returncode == 2 and "cannot be used" in refused.stderr and "--port" in refused.stderr
@@ -114,9 +116,9 @@ def test_exposing_the_server_without_a_password_is_refused(tmp_path: Path) -> No
 def test_server_and_worker_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     other = Service(tmp_path)
     with started_here(other, "--port", str(other.port), "--tensorboard-port", "0") as supervisor:
-        wait_until(lambda: in_role("server", set(other.processes())), timeout_s=60, what="the server's process")
+        wait_until(lambda: in_role("server", set(other.processes())), timeout_s=180, what="the server's process")
         supervisor.kill()
-        wait_until(lambda: not other.processes(), timeout_s=30, what="end of everything")
+        wait_until(lambda: not other.processes(), timeout_s=120, what="end of everything")
     status = other.command("status")
     assert status.returncode == 1 and "not running" in status.stdout
     assert [other.command("down").stdout.strip() for _ in range(2)] == ["nothing is running."] * 2
@@ -149,7 +151,7 @@ def test_an_exposed_server_answers_whoever_has_the_password(tmp_path: Path) -> N
         with urllib.request.urlopen(f"http://127.0.0.1:{other.port}/ui-settings", timeout=30) as told:
             assert json.load(told)["api_url"] == "/api", "the page asks the host that it came from"
         os.killpg(supervisor.pid, signal.SIGINT)  # Ctrl-C
-        assert supervisor.wait(timeout=60) == 0 and not other.processes()
+        assert supervisor.wait(timeout=120) == 0 and not other.processes()
     said = (tmp_path / "up.txt").read_text()
     assert "ended: server and worker are down" in said and "http://0.0.0.0" not in said
     assert f"open http://127.0.0.1:{other.port}/deployments; from elsewhere: http://" in said

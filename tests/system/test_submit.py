@@ -48,7 +48,7 @@ def message_of(service: Service, run: UUID) -> str:
         assert state is not None and not state.is_completed()
         return f"{state.name}: {state.message}" if state.is_final() else None
 
-    return str(wait_until(look, timeout_s=120, what=f"the end of run {run}"))
+    return str(wait_until(look, timeout_s=300, what=f"the end of run {run}"))
 
 
 def test_a_missing_file_or_folder_is_told_before_anything_is_made(service: Service, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_the_units_start_come_back_when_killed_run_a_deployment_and_stop(tmp_pat
     script = Path(__file__).parents[1] / "support" / "units.sh"
     home = tmp_path / "home"
     done = subprocess.run(
-        [*UNSHARE, "bash", script, ROOT, sys.prefix, home], capture_output=True, text=True, timeout=300, check=False
+        [*UNSHARE, "bash", script, ROOT, sys.prefix, home], capture_output=True, text=True, timeout=600, check=False
     )
     log = (home / "systemd.log").read_text() if (home / "systemd.log").exists() else ""
     assert done.stdout.splitlines() == [
