@@ -327,6 +327,7 @@ class CatalogRef:
     `num_filtered`: rows that the sources' `ratings` leave out, and the rows in other sources of the `num_taken_out`
     pictures that these name: they are no pictures of the catalog.
     `missing`: records without image, tags, caption, facts.   `conflicts`: records for which two sources had it.
+    `num_sized`: records of known size, where sizes were read from all headers; else None.
     """
 
     path: Path
@@ -339,5 +340,6 @@ class CatalogRef:
     num_rejected: int
     missing: dict[str, int]
     conflicts: dict[str, int]
+    num_sized: int | None = None
     rejected: Path
     parents: tuple[str, ...] = ()

@@ -50,6 +50,7 @@ def _(ref: CatalogRef) -> str:
         + (f", {ref.num_filtered:,} of other ratings" if ref.num_filtered else "")
         + (f" (with them {ref.num_taken_out:,} pictures of other sources)" if ref.num_taken_out else "")
         + (f"; {lacking}" if lacking else "")
+        + (f"; sizes of {ref.num_sized:,} of {ref.num_records:,} known" if ref.num_sized is not None else "")
         + (f"; told by several sources, the first used: {doubled}" if doubled else "")
         + f" -> {ref.path}"
     )

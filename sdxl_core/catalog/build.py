@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from sdxl_core.catalog.mapped import open_arrow, write_arrow
 from sdxl_core.catalog.parts import Part, PartWriter, left_out_path, rows_path, vocab_path
 from sdxl_core.catalog.records import MANIFEST, Catalog, joined_path
 from sdxl_core.catalog.schema import FORMAT, VOCABULARY
+from sdxl_core.catalog.sizes import has_all_sizes, has_headers, num_sized, read_part_sizes
 from sdxl_core.catalog.sources import check_sources, reader_of, resolved
 from sdxl_core.catalog.sources.base import STAGE, rejected
 from sdxl_core.dataset import forked
@@ -65,16 +67,29 @@ def plan_catalog(config: CatalogConfig) -> list[CatalogPlanRef]:
             plans.append(
                 CatalogPlanRef(index=len(plans), source=number, digest=digest, label=piece.label, payload=piece.payload)
             )
-            if piece.listing and finished_part(plans[-1], config) is None:
+            if piece.listing and _finished_rows(plans[-1], config) is None:
                 write_atomic(Path(piece.payload["listing"]), piece.listing, sync=False)
     return plans
 
 
 def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
-    """Read one part; a finished one is answered without reading. Raises: DataError, DiskFullError."""
-    finished = finished_part(plan, config)
-    if finished is not None:
-        return finished
+    """Read one part; what is finished of it is not read. Raises: DataError, DiskFullError."""
+    part = _finished_rows(plan, config) or _read_rows(plan, config)
+    source = resolved(config.sources[plan.source])
+    if config.sizes == "read" and has_headers(source):
+        read_part_sizes(Part(part.path), source)
+    return part
+
+
+def finished_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef | None:
+    """The part as it was left, None where there is something to read."""
+    part = _finished_rows(plan, config)
+    if part is None or config.sizes != "read":
+        return part
+    return part if has_all_sizes(Part(part.path), resolved(config.sources[plan.source])) else None
+
+
+def _read_rows(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
     source = resolved(config.sources[plan.source])
     path = _part_path(config.out, plan.digest)
     with PartWriter(path, use=source.use) as writer:
@@ -96,8 +111,8 @@ def build_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef:
     return ref
 
 
-def finished_part(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef | None:
-    """The part as it was left, None where a file of it is missing or has another size."""
+def _finished_rows(plan: CatalogPlanRef, config: CatalogConfig) -> CatalogPartRef | None:
+    """The part as it was left, None where a file of its rows is missing or has another size."""
     path = _part_path(config.out, plan.digest)
     try:
         stored = orjson.loads(_result_path(path).read_bytes())
@@ -118,7 +133,7 @@ def join_catalog(
         from sdxl_core.query.index import build_index
 
         build_index(Catalog.open(config.out), progress=progress)
-    return ref
+    return replace(ref, num_sized=num_sized(Catalog.open(config.out))) if config.sizes == "read" else ref
 
 
 def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
@@ -137,6 +152,8 @@ def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
         with suppress(FileNotFoundError, orjson.JSONDecodeError, KeyError):
             stored = orjson.loads((config.out / MANIFEST).read_bytes())
             if stored["digest"] == identity and _is_whole(config.out, stored):
+                if stored.get("sizes") != config.sizes:
+                    _write_manifest(config.out, stored | {"sizes": config.sizes})
                 return _ref(config.out, stored)
         remove_stale_partials(config.out, name="*", recursive=True)
         opened = [Part(part.path) for part in parts]
@@ -159,6 +176,7 @@ def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
             "num_records": joined.num_records,
             "joined": identity,
             "has_pointers": joined.pointers is not None,
+            "sizes": config.sizes,
             "num_seen": sum(part.num_seen for part in parts),
             "num_filtered": sum(part.num_filtered for part in parts) + joined.num_rows_taken_out,
             "num_taken_out": joined.num_taken_out,
@@ -166,9 +184,13 @@ def _join(config: CatalogConfig, parts: Sequence[CatalogPartRef]) -> CatalogRef:
             "conflicts": joined.num_conflicts,
             "missing": _missing(opened, joined),
         }
-        write_atomic(config.out / MANIFEST, orjson.dumps(stored, option=orjson.OPT_INDENT_2))
+        _write_manifest(config.out, stored)
         _remove_old(config.out, stored)
         return _ref(config.out, stored)
+
+
+def _write_manifest(out: Path, stored: dict[str, Any]) -> None:
+    write_atomic(out / MANIFEST, orjson.dumps(stored, option=orjson.OPT_INDENT_2))
 
 
 def _write_joined(out: Path, identity: str, parts: Sequence[Part], joined: Joined) -> None:

@@ -12,6 +12,7 @@ from sdxl_core.sections import Extension, Section
 
 Kind = Literal["auto", "folder", "parquet", "tars", "json", "jsonl"]
 Use = Literal["images", "facts", "tags", "captions"]
+Sizes = Literal["auto", "read", "skip"]
 
 
 class CatalogSource(Section):
@@ -94,6 +95,11 @@ class CatalogConfig(Section):
     )
     out: Path = Field(description="folder of the catalog")
     index: bool = Field(True, description="make the index that answers queries at once; about 130 bytes a picture")
+    sizes: Sizes = Field(
+        "auto",
+        description="folders, tars: width and height, where no source tells them, from the pictures' headers; auto: "
+        "once, when a query or statistics asks for them; read: of all pictures, while the catalog is made; skip: never",
+    )
     processes: int = Field(0, ge=0, le=256, description="processes that read the sources; 0: one a core")
 
     @field_validator("sources", mode="before")

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from sdxl_core.catalog.mapped import Mapped, map_arrow, write_arrow
 from sdxl_core.catalog.schema import COLUMNS_OF_USE, ROWS, TAGS, VOCABULARY
+from sdxl_core.errors import DataError
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 _HASH_STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -147,10 +148,15 @@ class Part:
         """The part's tags, `schema.VOCABULARY`; `rows.tags` are positions in it. Raises: as `rows`."""
         return self._vocabulary.batch
 
+    @property
+    def sizes(self) -> pa.RecordBatch | None:
+        """What `sizes.py` has read of the part's pictures, a row each, `schema.SIZES`; None where that is nothing."""
+        return self._sizes and self._sizes.batch
+
     def forget(self) -> None:
         """Give back the pages that were read, see `Mapped.forget`."""
-        for name in ("_rows", "_vocabulary"):
-            if name in self.__dict__:  # it was opened
+        for name in ("_rows", "_vocabulary", "_sizes"):
+            if self.__dict__.get(name) is not None:  # it was opened
                 self.__dict__[name].forget()
 
     @cached_property
@@ -161,6 +167,15 @@ class Part:
     def _vocabulary(self) -> Mapped:
         return map_arrow(vocab_path(self.path))
 
+    @cached_property
+    def _sizes(self) -> Mapped | None:
+        path = sizes_path(self.path)
+        try:
+            mapped = map_arrow(path) if path.exists() else None
+        except DataError:  # damaged: its sizes are read again
+            return None
+        return mapped if mapped is not None and mapped.batch.num_rows == self.rows.num_rows else None
+
 
 def left_out_path(path: Path) -> Path:
     """Where the keys are that a part takes out of the catalog: a `Part` whose rows have `key` and `key_hash` only."""
@@ -169,6 +184,10 @@ def left_out_path(path: Path) -> Path:
 
 def rows_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.rows.arrow")
+
+
+def sizes_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sizes.arrow")
 
 
 def vocab_path(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,13 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from sdxl_core.catalog.config import CatalogSource
+from sdxl_core.catalog.config import CatalogSource, Sizes
 from sdxl_core.catalog.join import GROUPS, gather, part_starts
 from sdxl_core.catalog.mapped import Mapped, map_arrow
-from sdxl_core.catalog.parts import Part
-from sdxl_core.catalog.schema import FORMAT, TAGS
+from sdxl_core.catalog.parts import Part, sizes_path
+from sdxl_core.catalog.schema import FORMAT, SIZES, TAGS
 from sdxl_core.errors import ConfigError, DataError
+from sdxl_core.files import digest_of
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 MANIFEST = "catalog.json"
@@ -36,7 +38,7 @@ class Chunk(NamedTuple):
 class Catalog:
     """A finished catalog. Nothing is held but what is looked at; forked and other processes share the pages.
 
-    `digest`: identity of the content: sources, parts and their order.
+    `digest`: identity of the content: sources, parts and their order.   `sizes`: whether headers are read, `sizes.py`.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Catalog:
     num_records: int
     joined: str
     has_pointers: bool
+    sizes: Sizes
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -67,6 +70,7 @@ class Catalog:
                 num_records=stored["num_records"],
                 joined=stored["joined"],
                 has_pointers=stored["has_pointers"],
+                sizes=stored.get("sizes", "auto"),  # not told by a catalog that was made before there was a choice
             )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
@@ -96,8 +100,8 @@ class Catalog:
         while start < stop:
             end = min(stop, start + CHUNK_RECORDS)
             if not self.has_pointers:  # a chunk within one part is a view of the file
-                part = int(np.searchsorted(self._starts, start, "right")) - 1
-                end = min(end, int(self._starts[part + 1]))
+                part = int(np.searchsorted(self.part_starts, start, "right")) - 1
+                end = min(end, int(self.part_starts[part + 1]))
             yield Chunk(start, self.take(np.arange(start, end), columns))
             if self.has_pointers:
                 self.forget()
@@ -120,16 +124,47 @@ class Catalog:
     def _column(self, name: str, records: Ints) -> pa.Array:
         if name == "source":
             image, first = self._rows("image", records), self._rows("first", records)
-            part = np.searchsorted(self._starts, np.where(image >= 0, image, first), "right") - 1
+            part = np.searchsorted(self.part_starts, np.where(image >= 0, image, first), "right") - 1
             return pa.array(np.asarray(self.part_sources, np.int32)[part])
         if name in ("tags_source", "caption_source"):
             rows = self._rows(name.partition("_")[0], records)
-            part = np.searchsorted(self._starts, rows, "right") - 1
+            part = np.searchsorted(self.part_starts, rows, "right") - 1
             return pa.array(np.asarray(self.part_sources, np.int32)[part], mask=rows < 0)
         rows = self._rows(_GROUP_OF.get(name, "first"), records)
         if name == "tags":
             return self._tags(rows)
-        return self._values(rows, name)
+        values = self._values(rows, name)
+        return self._with_read(values, name, records) if name in SIZES.names and self.read_state else values
+
+    @cached_property
+    def read_state(self) -> str:
+        """Changes whenever sizes are read from headers; "" where none ever were."""
+        files = {}
+        for part in self.parts:
+            with suppress(FileNotFoundError):
+                files[part.path.name] = sizes_path(part.path).stat().st_mtime_ns
+        return digest_of(orjson.dumps(files)) if files else ""
+
+    def rows_without_size(self, records: Ints) -> Ints:
+        """For each record the row of its picture, numbered over all parts; -1 where it has none, or a source tells its
+        size."""
+        facts = self._rows(_GROUP_OF["width"], records)
+        told = [np.asarray(self._values(facts, name).is_valid()) for name in SIZES.names]
+        return np.where(told[0] & told[1], -1, self._rows("image", records))
+
+    def _with_read(self, told: pa.Array, name: str, records: Ints) -> pa.Array:
+        """Widths or heights that a source tells, and for other records those that were read from the header."""
+        rows = self.rows_without_size(records)
+        places = np.flatnonzero(rows >= 0)
+        owners = np.searchsorted(self.part_starts, rows[places], "right") - 1
+        values, is_known = np.array(told.fill_null(0)), np.array(told.is_valid())
+        for number in np.unique(owners):
+            sizes = self.parts[number].sizes
+            if sizes is not None:
+                own = places[owners == number]
+                read = sizes[name].to_numpy()[rows[own] - self.part_starts[number]]
+                values[own[read > 0]], is_known[own[read > 0]] = read[read > 0], True
+        return pa.array(values, mask=~is_known)
 
     def _rows(self, group: str, records: Ints) -> Ints:
         if not self.has_pointers:
@@ -142,7 +177,7 @@ class Catalog:
         if view is not None:
             part, begin = view
             return self.parts[part].rows[name].slice(begin, len(rows))
-        return gather(self.parts, self._starts, rows, lambda part: part.rows[name])
+        return gather(self.parts, self.part_starts, rows, lambda part: part.rows[name])
 
     def _tags(self, rows: Ints) -> pa.ListArray:
         view = self._view(rows)
@@ -152,18 +187,22 @@ class Catalog:
         # where rows of several parts mix, the part's number goes with each tag
         numbers = {id(part): number for number, part in enumerate(self.parts)}
         return gather(
-            self.parts, self._starts, rows, lambda part: _LazyTags(part.rows["tags"], self._tag_maps[numbers[id(part)]])
+            self.parts,
+            self.part_starts,
+            rows,
+            lambda part: _LazyTags(part.rows["tags"], self._tag_maps[numbers[id(part)]]),
         )
 
     def _view(self, rows: Ints) -> tuple[int, int] | None:
         """Part and first row in it, where the rows are consecutive within one part."""
         if not len(rows) or rows[0] < 0 or rows[-1] - rows[0] != len(rows) - 1 or (np.diff(rows) != 1).any():
             return None
-        part = int(np.searchsorted(self._starts, rows[0], "right")) - 1
-        return (part, int(rows[0] - self._starts[part])) if rows[-1] < self._starts[part + 1] else None
+        part = int(np.searchsorted(self.part_starts, rows[0], "right")) - 1
+        return (part, int(rows[0] - self.part_starts[part])) if rows[-1] < self.part_starts[part + 1] else None
 
     @cached_property
-    def _starts(self) -> Ints:
+    def part_starts(self) -> Ints:
+        """As `join.part_starts`."""
         return part_starts(self.parts)
 
     @cached_property

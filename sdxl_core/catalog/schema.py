@@ -5,6 +5,7 @@ A catalog is a folder:
     parts/DIGEST.rows.arrow      one row a picture of one source (Arrow IPC, uncompressed, memory-mapped), immutable
     parts/DIGEST.left_out.rows.arrow   keys of the rows that `ratings` leave out, where there are any
     parts/DIGEST.vocab.arrow     the tags of that part: `rows.tags` are positions in it
+    parts/DIGEST.sizes.arrow     sizes of its pictures, as far as they were asked for and read from the headers
     joined/DIGEST.*.arrow        all tags with category and count; part tag -> tag; and which rows make up each picture,
                                  where several sources describe it or a source names one twice
     rejected.jsonl
@@ -53,6 +54,10 @@ VOCABULARY = pa.schema(
         pa.field("count", pa.int64(), nullable=False),  # pictures (in a part: rows) that have it
     ]
 )
+SIZES = pa.schema(  # px, upright; NOT_READ or UNREADABLE in both where no size is known
+    [pa.field("width", pa.int32(), nullable=False), pa.field("height", pa.int32(), nullable=False)]
+)
+NOT_READ, UNREADABLE = -1, 0
 
 IMAGE_COLUMNS = ("image", "tar", "offset", "num_bytes")
 FACT_COLUMNS = ("id", "width", "height", "rating", "score", "fav_count")

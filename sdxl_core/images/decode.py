@@ -9,14 +9,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from sdxl_core.images.fast import jpeg_rgb, plain_webp_header, png_pixels, webp_pixels
+from sdxl_core.images.fast import WEBP_HEADER_BYTES, jpeg_rgb, plain_webp_header, png_pixels, webp_pixels
 
 # Pillow's own limit is global and half of what a panorama needs; every picture is measured from its header instead,
 # before any pixel is decoded (`probe`).
@@ -82,13 +82,21 @@ def read_header(data: bytes, *, compat: str) -> Header:
 
     Raises: BadPicture: empty_file, undecodable.
     """
-    plain = plain_webp_header(data, compat=compat)
+    return read_header_of(io.BytesIO(data), compat=compat)
+
+
+def read_header_of(file: BinaryIO, *, compat: str) -> Header:
+    """The header of a picture's open file, at its beginning; as little is read of it as Pillow needs.
+
+    Raises: BadPicture: as `read_header`.
+    """
+    plain = plain_webp_header(file.read(WEBP_HEADER_BYTES), compat=compat)
     if plain is not None:
         width_px, height_px, has_alpha = plain
         mode = "RGBA" if has_alpha else "RGB"
         return Header(width_px=width_px, height_px=height_px, orientation=1, mode=mode, kind="WEBP")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return Header(
                 width_px=image.width,
                 height_px=image.height,
@@ -97,17 +105,17 @@ def read_header(data: bytes, *, compat: str) -> Header:
                 kind=_quick_kind(image, compat),
             )
     except DECODER_ERRORS as error:
-        raise _undecodable(len(data), error) from error
+        raise _undecodable(file.seek(0, io.SEEK_END), error) from error
 
 
 def _quick_kind(image: Image.Image, compat: str) -> str:
     """JPEG, PNG or WEBP, "" where only Pillow gives the pixels that are asked for."""
-    if "transparency" in image.info or (compat != "sd-scripts" and image.info.get("icc_profile")):
-        return ""
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        return ""
     modes = {"JPEG": ("RGB", "L"), "MPO": ("RGB", "L"), "PNG": ("RGB", "RGBA", "L", "LA"), "WEBP": ("RGB", "RGBA")}
     if image.mode not in modes.get(image.format or "", ()):
+        return ""
+    if "transparency" in image.info or (compat != "sd-scripts" and image.info.get("icc_profile")):
+        return ""
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # asked of a GIF, it reads to the second frame
         return ""
     return "JPEG" if image.format == "MPO" else image.format or ""
 

@@ -20,6 +20,7 @@ from sdxl_core.vectors import clear_vector_state
 
 PNG_MAGIC, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xae\x42\x60\x82"
 PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type; palettes are Pillow's
+WEBP_HEADER_BYTES = 30
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 STORED_BYTES = 65_535  # a stored block of deflate holds at most
 SPNG_IGNORE_ADLER32, SPNG_CRC_USE, SPNG_RGBA8, SPNG_RGB8 = 1, 2, 1, 4
@@ -104,11 +105,13 @@ def png_header_and_data(data: bytes) -> tuple[tuple[int, ...], bytes] | None:
 def plain_webp_header(data: bytes, *, compat: str) -> tuple[int, int, bool] | None:
     """Width, height and whether there is transparency, of a WebP that is one picture and has nothing to look after.
 
+    Its first WEBP_HEADER_BYTES are enough.
+
     Pillow prepares for an animation when it opens a WebP, which costs two canvases. None: no such WebP; with
     compat = "default" also one with EXIF, XMP or a colour profile.
     Source: RFC 9649, sections 2.5 to 2.7; RFC 6386, section 9.1.
     """
-    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+    if len(data) < WEBP_HEADER_BYTES or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     kind = data[12:16]
     if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sdxl_core.catalog.records import Catalog
 from sdxl_core.catalog.schema import RATINGS
+from sdxl_core.catalog.sizes import has_unread_sizes
 from sdxl_core.query.expressions import (
     And,
     Everything,
@@ -19,12 +20,15 @@ from sdxl_core.query.expressions import (
     Tag,
     Values,
     Wildcard,
+    asks_for_size,
 )
 from sdxl_core.query.index import Index
 from sdxl_core.query.names import TagNames
 from sdxl_core.query.select import Conditions, Ints, evaluate, scan
 
 NOT_TOLD = "no source tells it: facts come from parquet, JSON or JSONL, see docs/catalog_sources.md"
+SKIPPED = "sizes are not read from pictures: the catalog was made with --sizes skip; make it with --sizes auto"
+NOT_READ = "sizes are read only of pictures that the rest of the query finds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,17 @@ def explain(catalog: Catalog, query: Query, index: Index | None = None) -> list[
             depth,
             counts[place],
             num_unknown := catalog.num_records - counts[len(nested) + place],
-            NOT_TOLD if num_unknown == catalog.num_records else note_on(expression, names),
+            _why_unknown(catalog, expression, num_unknown) or note_on(expression, names),
         )
         for place, (expression, depth) in enumerate(nested)
     ]
+
+
+def _why_unknown(catalog: Catalog, expression: Expression, num_unknown: int) -> str:
+    """What is to be said of it, "" for nothing."""
+    if num_unknown and asks_for_size(expression) and has_unread_sizes(catalog):
+        return SKIPPED if catalog.sizes == "skip" else NOT_READ
+    return NOT_TOLD if num_unknown == catalog.num_records else ""
 
 
 def note_on(expression: Expression, names: TagNames) -> str:

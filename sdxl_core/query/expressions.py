@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Number = Literal["id", "score", "favcount", "width", "height", "mpixels", "ratio", "filesize", "tagcount"]
+SIZES = ("width", "height", "mpixels", "ratio")
 Presence = Literal["tags", "caption", "image"]
 
 
@@ -118,3 +119,19 @@ def walk(expression: Expression) -> Iterator[Expression]:
     elif isinstance(expression, And | Or):
         for part in expression.parts:
             yield from walk(part)
+
+
+def asks_for_size(expression: Expression) -> bool:
+    """Whether it is itself a term about a picture's width and height."""
+    return isinstance(expression, Range | Values) and expression.number in SIZES
+
+
+def whatever_sizes(expression: Expression, *, hopeful: bool = True) -> Expression:
+    """What is true wherever the expression may be, once sizes are known. `hopeful`: False within a negation."""
+    if asks_for_size(expression):
+        return Everything() if hopeful else Not(Everything())
+    if isinstance(expression, Not):
+        return replace(expression, part=whatever_sizes(expression.part, hopeful=not hopeful))
+    if isinstance(expression, And | Or):
+        return replace(expression, parts=tuple(whatever_sizes(part, hopeful=hopeful) for part in expression.parts))
+    return expression

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -23,7 +24,19 @@ from sdxl_core.catalog.records import Catalog
 from sdxl_core.files import disk_errors, sync_files, sync_folder, write_atomic
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
-from sdxl_core.query.expressions import Expression, FileType, Has, Query, Range, Rating, Source, Tag, Values, Wildcard
+from sdxl_core.query.expressions import (
+    Expression,
+    FileType,
+    Has,
+    Query,
+    Range,
+    Rating,
+    Source,
+    Tag,
+    Values,
+    Wildcard,
+    asks_for_size,
+)
 from sdxl_core.query.indexing import write_index
 from sdxl_core.query.names import TagNames
 from sdxl_core.query.select import (
@@ -35,6 +48,7 @@ from sdxl_core.query.select import (
     is_any,
     narrowed,
     numbers_meet,
+    scan,
     stored_columns,
 )
 
@@ -85,6 +99,11 @@ class Index:
         return count - (int(mask[-1]) & ((1 << behind) - 1)).bit_count() if behind else count
 
     @cached_property
+    def knows_sizes(self) -> bool:
+        """Whether no sizes were read from pictures since the index was made."""
+        return bool(self._catalog.read_state == self._stored["read_state"])
+
+    @cached_property
     def names(self) -> TagNames:
         """The catalog's tags by name."""
         stored = open_arrow(self._folder / "names.arrow")["name"]
@@ -126,7 +145,9 @@ class Index:
         return np.packbits(mask)
 
     def _of_numbers(self, condition: Range | Values) -> Ints:
-        """Records whose numbers meet a condition."""
+        """Records whose numbers meet a condition; of sizes that were read after the index was made, by the catalog."""
+        if asks_for_size(condition) and not self.knows_sizes:
+            return np.packbits(np.concatenate([found.meet(condition) for _, found in scan(self._catalog, [condition])]))
         mask = self._in_blocks(lambda window: numbers_meet(condition, lambda column: self._file(column)[window]))
         for column in stored_columns(condition):
             mask &= self._file(f"known_{column}")
@@ -152,8 +173,13 @@ class Index:
 
     @cached_property
     def _endings(self) -> list[str]:
-        endings: list[str] = orjson.loads((self._folder / "index.json").read_bytes())["endings"]
+        endings: list[str] = self._stored["endings"]
         return endings
+
+    @cached_property
+    def _stored(self) -> dict[str, Any]:
+        stored: dict[str, Any] = orjson.loads((self._folder / "index.json").read_bytes())
+        return {"read_state": "", **stored}  # not told by an index that was made before sizes were read
 
 
 def open_index(catalog: Catalog) -> Index | None:
@@ -178,16 +204,18 @@ def build_index(catalog: Catalog, *, progress: Progress = no_progress) -> Index:
     folder = _folder(catalog)
     with output_lock(catalog.path, purpose="indexes a catalog"):
         there = open_index(catalog)
-        if there is not None:
+        if there is not None and there.knows_sizes:
             return there
         shutil.rmtree(folder.parent, ignore_errors=True)  # of earlier states, or not finished
+        read_state = catalog.read_state
         with disk_errors(folder):
             folder.mkdir(parents=True)
             endings = write_index(catalog, folder, progress)
         files = sorted(folder.iterdir())
         sync_files(files)
         sizes = {file.name: file.stat().st_size for file in files}
-        write_atomic(folder / "index.json", orjson.dumps({"format": FORMAT, "sizes": sizes, "endings": endings}))
+        stored = {"format": FORMAT, "sizes": sizes, "endings": endings, "read_state": read_state}
+        write_atomic(folder / "index.json", orjson.dumps(stored))
         sync_folder(folder.parent)
     return Index(catalog, folder)
 

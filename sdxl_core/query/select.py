@@ -96,8 +96,8 @@ def scan(catalog: Catalog, expressions: Sequence[Expression]) -> Iterator[tuple[
     conditions = {part for expression in expressions for part in walk(expression)}
     tags = [part for part in conditions if isinstance(part, Tag | Wildcard)]
     codes = _TagCodes.of(catalog, tags)
-    columns = ["key", *dict.fromkeys(name for part in conditions for name in _columns_of(part))]
-    for chunk in catalog.chunks(columns):
+    columns = {name for part in conditions for name in _columns_of(part)} or {"key_hash"}
+    for chunk in catalog.chunks(sorted(columns)):
         yield chunk, ScannedConditions(chunk.table, codes)
 
 
@@ -195,6 +195,8 @@ def _columns_of(condition: Expression) -> tuple[str, ...]:
         return ("rating",)
     if isinstance(condition, FileType):
         return ("image",)
+    if isinstance(condition, Source):
+        return ("key",)
     return (condition.what,) if isinstance(condition, Has) else ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxl_core.catalog.records import Catalog, is_catalog
+from sdxl_core.catalog.sizes import can_keep_sizes, read_sizes
 from sdxl_core.config import StatisticsConfig
 from sdxl_core.errors import ConfigError
 from sdxl_core.files import sha256_file, write_atomic
@@ -16,7 +17,7 @@ from sdxl_core.refs import StatisticsRef
 from sdxl_core.statistics.collect import collect_statistics
 from sdxl_core.statistics.page import write_page
 from sdxl_core.statistics.tables import markdown
-from sdxl_core.subset.stage import select
+from sdxl_core.subset.stage import select, with_sizes
 
 
 def statistics(config: StatisticsConfig, *, progress: Progress = no_progress) -> StatisticsRef:
@@ -33,9 +34,13 @@ def statistics(config: StatisticsConfig, *, progress: Progress = no_progress) ->
     query = parse(config.query)
     names = TagNames.of(catalog.vocabulary)
     asked = {part.name: names.ids_of(part) for part in walk(query.where) if isinstance(part, Tag)}
+    catalog = with_sizes(catalog, query, progress=progress)
+    records = select(catalog, query).records if config.query.strip() else None
+    if can_keep_sizes(catalog):
+        catalog = read_sizes(catalog, records, progress=progress)
     counted = collect_statistics(
         catalog,
-        select(catalog, query).records if config.query.strip() else None,
+        records,
         query=config.query,
         query_tags={name: ids for name, ids in asked.items() if len(ids)},
         progress=progress,

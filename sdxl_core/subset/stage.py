@@ -11,12 +11,25 @@ from typing import NamedTuple
 from sdxl_core.catalog.build import build_catalog
 from sdxl_core.catalog.config import CatalogConfig, CatalogSource
 from sdxl_core.catalog.records import Catalog, is_catalog
+from sdxl_core.catalog.sizes import read_sizes
 from sdxl_core.config import SubsetConfig, SubsetHow
 from sdxl_core.errors import DataError
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
-from sdxl_core.query.explain import explain, explained_text
-from sdxl_core.query.expressions import And, Has, Not, Query, Range, Tag, Values, Wildcard, walk
+from sdxl_core.query.explain import NOT_READ, explain, explained_text
+from sdxl_core.query.expressions import (
+    And,
+    Has,
+    Not,
+    Query,
+    Range,
+    Tag,
+    Values,
+    Wildcard,
+    asks_for_size,
+    walk,
+    whatever_sizes,
+)
 from sdxl_core.query.grammar import parse
 from sdxl_core.query.index import open_index
 from sdxl_core.query.select import Selection, select_by_scan
@@ -76,6 +89,7 @@ def _picked(config: SubsetConfig, progress: Progress) -> tuple[_LookedAt, Ints]:
     query = parse(config.query)
     _check_folders(config)
     looked_at = _look_at(config, query, progress)
+    looked_at = looked_at._replace(catalog=with_sizes(looked_at.catalog, query, progress=progress))
     picked = select(looked_at.catalog, query)
     if not len(picked.records):
         raise DataError(_nothing_matches(config, query, looked_at))
@@ -100,6 +114,17 @@ def select(catalog: Catalog, query: Query) -> Selection:
     return index.select(query) if index is not None else select_by_scan(catalog, query)
 
 
+def with_sizes(catalog: Catalog, query: Query, *, progress: Progress = no_progress) -> Catalog:
+    """The catalog with the sizes that a query asks for; read of those pictures only that the rest of it may find.
+
+    Raises: as `read_sizes`.
+    """
+    if not any(map(asks_for_size, walk(query.where))):
+        return catalog
+    candidates = select(catalog, replace(query, where=whatever_sizes(query.where), limit=None, random=None))
+    return read_sizes(catalog, candidates.records, progress=progress)
+
+
 def explain_query(config: SubsetConfig, *, progress: Progress = no_progress) -> str:
     """The counts of every term of the query, before anything is done with it, and of what would be picked.
 
@@ -107,6 +132,8 @@ def explain_query(config: SubsetConfig, *, progress: Progress = no_progress) -> 
     """
     query = parse(config.query)
     catalog = _look_at(config, query, progress).catalog
+    if any(map(asks_for_size, walk(query.where))):
+        catalog = read_sizes(catalog, progress=progress)  # of all: each term is counted over all
     explained = explain(catalog, query, open_index(catalog))
     picked = select(catalog, query)
     names = ("limit", "random")
@@ -185,7 +212,7 @@ def _nothing_matches(config: SubsetConfig, query: Query, looked_at: _LookedAt) -
     lines += [
         f"  {part.text} cannot be answered for {part.num_unknown:,} of them: what is unknown matches nothing."
         for part in explained
-        if part.num_unknown and not part.num_records
+        if part.num_unknown and not part.num_records and part.note != NOT_READ
     ]
     lines.append(explained_text(explained, catalog.num_records))
     return "\n".join(lines)
