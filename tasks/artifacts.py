@@ -36,6 +36,7 @@ from sdxl_core.training.checkpoints import list_checkpoints
 NUM_PICTURES = 8  # on the contact sheet
 MIN_SECONDS_BETWEEN_UPDATES = 10.0
 MIN_SECONDS_BETWEEN_EVENTS = 60.0
+_SAID = {"sizes": "headers of pictures read"}  # by stage, where it is another than the task's own
 PROGRESS_EVENT = "sdxl-flows.progress"  # what the "stuck" notification waits for
 
 
@@ -60,9 +61,9 @@ class ProgressArtifact:
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         with never_failing("the progress"):
-            self._show(done, total, note)
+            self._show(_SAID.get(stage, self._description), done, total, note)
 
-    def _show(self, done: int, total: int, note: str) -> None:
+    def _show(self, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         with self._lock:
             if done < total and now - self._last_update < MIN_SECONDS_BETWEEN_UPDATES:
@@ -70,7 +71,7 @@ class ProgressArtifact:
             self._last_update = now
             percent = 100.0 * done / total if total else 100.0
             self._emit(done, now)
-            text = f"{self._description}: {done} of {total}" + (f", {note}" if note else "")
+            text = f"{what}: {done} of {total}" + (f", {note}" if note else "")
             get_run_logger().info(text)
             if self._artifact is None:
                 created = create_progress_artifact(progress=percent, key=self._key, description=text)

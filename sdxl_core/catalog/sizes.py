@@ -46,7 +46,7 @@ def read_sizes(catalog: Catalog, records: Ints | None = None, *, progress: Progr
     Returns: the catalog opened anew, the one given where nothing was to be read.
     Raises: ConfigError: there is something to read and the catalog cannot be written.   DiskFullError.
     """
-    wanted = _wanted(catalog, records)
+    wanted = {} if catalog.sizes == "skip" else _unread_records(catalog, records)
     blocks = [block for part, rows in wanted.items() for block in _blocks(catalog, part, rows)]
     if not blocks:
         return catalog
@@ -81,11 +81,8 @@ def has_headers(source: CatalogSource) -> bool:
 
 
 def has_unread_sizes(catalog: Catalog) -> bool:
-    """Whether there are pictures whose headers could be read for their sizes, and were not yet."""
-    return any(
-        has_headers(catalog.sources[source]) and len(_unread(part))
-        for part, source in zip(catalog.parts, catalog.part_sources, strict=True)
-    )
+    """Whether there are pictures of unknown size whose headers were not read."""
+    return bool(_unread_records(catalog, None))
 
 
 def num_sized(catalog: Catalog) -> int:
@@ -97,13 +94,13 @@ def num_sized(catalog: Catalog) -> int:
     return num_known
 
 
-def _wanted(catalog: Catalog, records: Ints | None) -> dict[int, Ints]:
-    """By part, the rows to read: ascending, so that a folder and a tar are gone through in their order.
+def _unread_records(catalog: Catalog, records: Ints | None) -> dict[int, Ints]:
+    """By part, the rows of pictures of unknown size whose headers were not read; ascending, as they lie on disk.
 
-    About a byte a row is held meanwhile.
+    A byte a row is held meanwhile.
     """
     readable = [has_headers(catalog.sources[source]) for source in catalog.part_sources]
-    if catalog.sizes == "skip" or not any(readable):
+    if not any(readable):
         return {}
     starts = catalog.part_starts
     is_lacking = np.zeros(int(starts[-1]), bool)
@@ -114,13 +111,13 @@ def _wanted(catalog: Catalog, records: Ints | None) -> dict[int, Ints]:
         rows = catalog.rows_without_size(some)
         is_lacking[rows[rows >= 0]] = True
         catalog.forget()
-    wanted = {}
+    unread = {}
     for number in np.flatnonzero(readable).tolist():
         rows = np.flatnonzero(is_lacking[starts[number] : starts[number + 1]])
         rows = rows[np.isin(rows, _unread(catalog.parts[number]), assume_unique=True)] if len(rows) else rows
         if len(rows):
-            wanted[number] = rows
-    return wanted
+            unread[number] = rows
+    return unread
 
 
 def _unread(part: Part) -> Ints:
@@ -154,7 +151,7 @@ def _read(blocks: Sequence[_Block], count: int, progress: Progress) -> None:
         write_arrow(sizes_path(block.part.path), pa.RecordBatch.from_arrays(columns, schema=SIZES))
         block.part.forget()
         done += len(block.rows)
-        progress(STAGE, done, total, "sizes of pictures")
+        progress(STAGE, done, total)
 
 
 def _kept(part: Part) -> Ints:

@@ -51,23 +51,19 @@ def explain(catalog: Catalog, query: Query, index: Index | None = None) -> list[
     known = [_known(expression) for expression, _ in nested]
     counts = _counts(catalog, [*(expression for expression, _ in nested), *known], index)
     names = index.names if index is not None else TagNames.of(catalog.vocabulary)
+    are_unread = any(asks_for_size(expression) for expression, _ in nested) and has_unread_sizes(catalog)
+    sizes_note = (SKIPPED if catalog.sizes == "skip" else NOT_READ) if are_unread else ""
     return [
         Explained(
             _text(query, expression),
             depth,
             counts[place],
             num_unknown := catalog.num_records - counts[len(nested) + place],
-            _why_unknown(catalog, expression, num_unknown) or note_on(expression, names),
+            (sizes_note if num_unknown and asks_for_size(expression) else "")
+            or (NOT_TOLD if num_unknown == catalog.num_records else note_on(expression, names)),
         )
         for place, (expression, depth) in enumerate(nested)
     ]
-
-
-def _why_unknown(catalog: Catalog, expression: Expression, num_unknown: int) -> str:
-    """What is to be said of it, "" for nothing."""
-    if num_unknown and asks_for_size(expression) and has_unread_sizes(catalog):
-        return SKIPPED if catalog.sizes == "skip" else NOT_READ
-    return NOT_TOLD if num_unknown == catalog.num_records else ""
 
 
 def note_on(expression: Expression, names: TagNames) -> str:

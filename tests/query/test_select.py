@@ -31,7 +31,9 @@ from sdxl_core.query.expressions import (
     Tag,
     Values,
     Wildcard,
+    asks_for_size,
     walk,
+    whatever_sizes,
 )  # fmt: skip
 from sdxl_core.query.grammar import parse
 from sdxl_core.query.index import build_index
@@ -160,6 +162,9 @@ def test_scan_and_index_find_what_the_naive_evaluator_finds(
             assert "both wanted and unwanted" in str(error)
             continue
         expected = [number for number, row in enumerate(rows) if truth(query.where, row)]
+        hoped_for = whatever_sizes(query.where)
+        assert not any(map(asks_for_size, walk(hoped_for)))
+        assert all(truth(hoped_for, rows[number]) for number in expected), "no picture is passed over unread"
         assert select_by_scan(catalog, query).records.tolist() == expected, text
         assert index.select(query).records.tolist() == expected, text
         for explained in (explain(catalog, query), explain(catalog, query, index)):
