@@ -32,7 +32,7 @@ from sdxl_core.statistics.stage import statistics
 from sdxl_core.subset.stage import select, subset, with_sizes
 from sdxl_core.summary import describe
 
-ENDINGS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "png", "BMP": "bmp", "AVIF": "avif"}  # GIF has none of its own
+ENDINGS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "png", "BMP": "bmp", "AVIF": "avif"}
 LYING_DOWN = 6  # EXIF: to be turned by 90 degrees
 _opened: list[str] | None = None
 

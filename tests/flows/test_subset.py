@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from support.pictures import encoded, picture
 from support.runs import task_states
 
-from sdxl_core.config import SubsetConfig
+from sdxl_core.config import JobConfig, SubsetConfig
 from sdxl_core.subset.stage import subset as core
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -38,3 +39,21 @@ def test_a_shard_is_placed_once_and_again_when_a_file_is_gone(tmp_path: Path) ->
     assert {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*")} == before
     listed = subset(config.model_copy(update={"how": "manifest", "out": tmp_path / "list"}))
     assert listed.num_kept == 6 and task_states("subset") == {"subset red: Completed": 1}
+
+
+def test_a_jobs_query_by_width_picks_of_a_folder(tmp_path: Path) -> None:
+    """The stage as the pipeline runs it; what reading headers is at is told."""
+    from flows.subset import subset
+
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encoded(picture(40 + 10 * number, 30), "PNG"))
+        (tmp_path / "in" / f"{number}.txt").write_text("red")
+    job = JobConfig.model_validate(
+        {"out": tmp_path / "run", "source": {"path": tmp_path / "in"}, "subset": {"query": "red width:>=70"}}
+    )
+    picked = subset(job.subset_config())
+    assert (picked.num_kept, picked.num_unmatched, picked.how) == (3, 3, "manifest")
+    with get_client(sync_client=True) as client:
+        told = [artifact.description or "" for artifact in client.read_artifacts()]
+    assert any(text.startswith("headers of pictures read: 6 of 6") for text in told), told
