@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"# Sizes from headers\n\n`python benchmarks/sizes.py`, {date.today()}\n\n{machine()}\n")
     print(
-        "| pictures | way | wall, s | cpu, s | cpu us a picture over the start | of the loop's | private MiB | free cores |"
+        "| pictures | way | wall, s | cpu, s | us a picture over the start | of the loop's | private MiB | free cores |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for size in map(int, options.sizes.split(",")):
