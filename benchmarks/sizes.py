@@ -23,7 +23,7 @@ from pathlib import Path
 from made_pictures import KINDS, made_file
 from measure import Cost, cost_of, free_cores, machine
 
-FILES = [(kind, width, height) for kind in KINDS for width, height in ((640, 960), (1024, 768))]
+FILES = [(kind, width, height) for kind in KINDS for width, height in ((256, 384), (384, 288))]
 LOOP = """
 import sys
 from pathlib import Path
@@ -108,12 +108,12 @@ def contenders(folder: Path, size: int) -> Iterator[tuple[str, list[str]]]:
             file.unlink()
         shutil.rmtree(folder / "picked", ignore_errors=True)
         yield f"catalog {name}, tags only", [*OURS, "solo", *explain]
-        pick = [*OURS, "rare width:>=600", "--source", catalog, "--how", "manifest", "--out", str(folder / "picked")]
+        pick = [*OURS, "rare width:>=256", "--source", catalog, "--how", "manifest", "--out", str(folder / "picked")]
         yield f"catalog {name}, sizes of one in 100", pick
         for file in (folder / name / "parts").glob("*.sizes.arrow"):
             file.unlink()
-        yield f"catalog {name}, all sizes", [*OURS, "solo width:>=768", *explain]
-        yield f"catalog {name}, all sizes again", [*OURS, "solo width:>=768", *explain]
+        yield f"catalog {name}, all sizes", [*OURS, "solo width:>=384", *explain]
+        yield f"catalog {name}, all sizes again", [*OURS, "solo width:>=384", *explain]
 
 
 if __name__ == "__main__":
