@@ -27,6 +27,7 @@ from sdxl_core.progress import Progress, no_progress
 Ints = np.ndarray[Any, np.dtype[Any]]
 STAGE = "sizes"
 BLOCK = 4_096  # pictures read between two writings
+MOST = 2**31 - 1
 
 
 class _Block(NamedTuple):
@@ -46,17 +47,16 @@ def read_sizes(catalog: Catalog, records: Ints | None = None, *, progress: Progr
     Returns: the catalog opened anew, the one given where nothing was to be read.
     Raises: ConfigError: there is something to read and the catalog cannot be written.   DiskFullError.
     """
-    wanted = {} if catalog.sizes == "skip" else _unread_records(catalog, records)
-    blocks = [block for part, rows in wanted.items() for block in _blocks(catalog, part, rows)]
-    if not blocks:
+    unread = [] if catalog.sizes == "skip" else _unread_records(catalog, records)
+    if not unread:
         return catalog
     if not can_keep_sizes(catalog):
         raise ConfigError(
-            f"{catalog.path}: sizes of {sum(map(len, wanted.values())):,} of its pictures are not known, and this "
-            f"folder cannot be written to keep what their headers tell. Make it writable, or let its owner build the "
-            f"catalog with `--sizes read`, or with `--sizes skip`: such pictures are then in no range of sizes."
+            f"{catalog.path}: sizes of {sum(len(block.rows) for block in unread):,} of its pictures are not known, "
+            f"and this folder cannot be written to keep what their headers tell. Make it writable, or let its owner "
+            f"build the catalog with `--sizes read`, or with `--sizes skip`: they are then in no range of sizes."
         )
-    _read(blocks, forked.num_processes(len(os.sched_getaffinity(0))), progress)
+    _read(unread, forked.num_processes(len(os.sched_getaffinity(0))), progress)
     return Catalog.open(catalog.path)
 
 
@@ -67,7 +67,7 @@ def can_keep_sizes(catalog: Catalog) -> bool:
 
 def read_part_sizes(part: Part, source: CatalogSource) -> None:
     """Read the sizes of all pictures of a part that have not been read yet. Raises: DiskFullError."""
-    _read(_blocks_of(part, source, _unread(part)), 1, no_progress)
+    _read([_Block(part, source, _unread(part))], 1, no_progress)
 
 
 def has_all_sizes(part: Part, source: CatalogSource) -> bool:
@@ -94,14 +94,14 @@ def num_sized(catalog: Catalog) -> int:
     return num_known
 
 
-def _unread_records(catalog: Catalog, records: Ints | None) -> dict[int, Ints]:
-    """By part, the rows of pictures of unknown size whose headers were not read; ascending, as they lie on disk.
+def _unread_records(catalog: Catalog, records: Ints | None) -> list[_Block]:
+    """A block a part: the rows of pictures of unknown size whose headers were not read.
 
     A byte a row is held meanwhile.
     """
     readable = [has_headers(catalog.sources[source]) for source in catalog.part_sources]
     if not any(readable):
-        return {}
+        return []
     starts = catalog.part_starts
     is_lacking = np.zeros(int(starts[-1]), bool)
     num_records = catalog.num_records if records is None else len(records)
@@ -111,12 +111,13 @@ def _unread_records(catalog: Catalog, records: Ints | None) -> dict[int, Ints]:
         rows = catalog.rows_without_size(some)
         is_lacking[rows[rows >= 0]] = True
         catalog.forget()
-    unread = {}
+    unread = []
     for number in np.flatnonzero(readable).tolist():
-        rows = np.flatnonzero(is_lacking[starts[number] : starts[number + 1]])
-        rows = rows[np.isin(rows, _unread(catalog.parts[number]), assume_unique=True)] if len(rows) else rows
+        part, lacking = catalog.parts[number], is_lacking[starts[number] : starts[number + 1]]
+        rows = _unread(part) if lacking.any() else np.zeros(0, np.int64)
+        rows = rows[lacking[rows]]
         if len(rows):
-            unread[number] = rows
+            unread.append(_Block(part, catalog.sources[catalog.part_sources[number]], rows))
     return unread
 
 
@@ -127,29 +128,27 @@ def _unread(part: Part) -> Ints:
     return np.flatnonzero(has_picture if sizes is None else has_picture & (sizes["width"].to_numpy() == NOT_READ))
 
 
-def _blocks(catalog: Catalog, part: int, rows: Ints) -> list[_Block]:
-    return _blocks_of(catalog.parts[part], catalog.sources[catalog.part_sources[part]], rows)
-
-
-def _blocks_of(part: Part, source: CatalogSource, rows: Ints) -> list[_Block]:
-    return [_Block(part, source, rows[start : start + BLOCK]) for start in range(0, len(rows), BLOCK)]
-
-
-def _read(blocks: Sequence[_Block], count: int, progress: Progress) -> None:
-    """Read blocks, those of a part one after the other, and keep what each tells as soon as it is read."""
+def _read(unread: Sequence[_Block], count: int, progress: Progress) -> None:
+    """Read pictures, BLOCK at a time, in `count` processes, and keep what each block tells as soon as it is read."""
+    blocks = [
+        block._replace(rows=block.rows[start : start + BLOCK])
+        for block in unread
+        for start in range(0, len(block.rows), BLOCK)
+    ]
+    if not blocks:
+        return
     import sdxl_core.images.decode  # noqa: F401 once, not in every forked process
 
     done, total = 0, sum(len(block.rows) for block in blocks)
-    sizes = np.zeros((2, 0), np.int32)
-    for number, (block, found) in enumerate(
-        zip(blocks, forked.map_forked(_headers, blocks, count=min(count, max(1, len(blocks)))), strict=True)
-    ):
-        if not number or blocks[number - 1].part is not block.part:
-            sizes = _kept(block.part)
-        sizes[:, block.rows] = found
+    part, sizes = None, np.zeros((2, 0), np.int32)
+    found = forked.map_forked(_headers, blocks, count=min(count, len(blocks)))
+    for block, read in zip(blocks, found, strict=True):
+        if part is not block.part:
+            part, sizes = block.part, _kept(block.part)
+        sizes[:, block.rows] = read
         columns = [pa.array(side) for side in sizes]
-        write_arrow(sizes_path(block.part.path), pa.RecordBatch.from_arrays(columns, schema=SIZES))
-        block.part.forget()
+        write_arrow(sizes_path(part.path), pa.RecordBatch.from_arrays(columns, schema=SIZES))
+        part.forget()
         done += len(block.rows)
         progress(STAGE, done, total)
 
@@ -173,7 +172,8 @@ def _headers(block: _Block) -> Ints:
             try:
                 with reader.opened(place_of(row, block.source.path)) as file:
                     size = read_header_of(file, compat="default").size(honour_exif=True)
-                found[:, number] = size.width_px, size.height_px
+                is_known = 0 < size.width_px <= MOST and 0 < size.height_px <= MOST
+                found[:, number] = (size.width_px, size.height_px) if is_known else UNREADABLE
             except DataError:  # not to be read now: tried again
                 continue
             except BadPicture as error:

@@ -27,8 +27,8 @@ from sdxl_core.query.names import TagNames
 from sdxl_core.query.select import Conditions, Ints, evaluate, scan
 
 NOT_TOLD = "no source tells it: facts come from parquet, JSON or JSONL, see docs/catalog_sources.md"
-SKIPPED = "sizes are not read from pictures: the catalog was made with --sizes skip; make it with --sizes auto"
-NOT_READ = "sizes are read only of pictures that the rest of the query finds"
+SIZES_SKIPPED = "sizes are not read from pictures: the catalog was made with --sizes skip; make it with --sizes auto"
+SIZES_NOT_READ = "sizes are read only of pictures that the rest of the query finds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def explain(catalog: Catalog, query: Query, index: Index | None = None) -> list[
     counts = _counts(catalog, [*(expression for expression, _ in nested), *known], index)
     names = index.names if index is not None else TagNames.of(catalog.vocabulary)
     are_unread = any(asks_for_size(expression) for expression, _ in nested) and has_unread_sizes(catalog)
-    sizes_note = (SKIPPED if catalog.sizes == "skip" else NOT_READ) if are_unread else ""
+    sizes_note = (SIZES_SKIPPED if catalog.sizes == "skip" else SIZES_NOT_READ) if are_unread else ""
     return [
         Explained(
             _text(query, expression),

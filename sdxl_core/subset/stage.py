@@ -16,7 +16,7 @@ from sdxl_core.config import SubsetConfig, SubsetHow
 from sdxl_core.errors import DataError
 from sdxl_core.lock import output_lock
 from sdxl_core.progress import Progress, no_progress
-from sdxl_core.query.explain import NOT_READ, explain, explained_text
+from sdxl_core.query.explain import SIZES_NOT_READ, explain, explained_text
 from sdxl_core.query.expressions import (
     And,
     Has,
@@ -212,7 +212,7 @@ def _nothing_matches(config: SubsetConfig, query: Query, looked_at: _LookedAt) -
     lines += [
         f"  {part.text} cannot be answered for {part.num_unknown:,} of them: what is unknown matches nothing."
         for part in explained
-        if part.num_unknown and not part.num_records and part.note != NOT_READ
+        if part.num_unknown and not part.num_records and part.note != SIZES_NOT_READ
     ]
     lines.append(explained_text(explained, catalog.num_records))
     return "\n".join(lines)

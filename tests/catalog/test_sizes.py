@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,10 +68,10 @@ def made(width_px: int, height_px: int, kind: str = "PNG", orientation: int | No
 
 
 def lay_out(where: Path, files: dict[str, bytes], form: str) -> Path:
-    """The files in a folder, or in a tar in a folder."""
-    if form == "tar":
+    """The files in a folder, or in a tar in a folder. Returns: the source."""
+    if form in ("tar", "one tar"):
         write_tar(where / "0000.tar", files)
-        return where
+        return where / "0000.tar" if form == "one tar" else where
     for name, data in files.items():
         (where / name).parent.mkdir(parents=True, exist_ok=True)
         (where / name).write_bytes(data)
@@ -103,7 +104,7 @@ def pictures(tmp_path: Path) -> dict[str, bytes]:
     return files | {f"{n}.txt": b"1girl, even" if n % 2 == 0 else b"1girl" for n in range(8)}
 
 
-@pytest.mark.parametrize("form", ["folder", "tar"])
+@pytest.mark.parametrize("form", ["folder", "tar", "one tar"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_size_is_that_of_the_upright_picture(tmp_path: Path, form: str, kind: str) -> None:
     ending = ENDINGS[kind]
@@ -113,6 +114,7 @@ def test_a_size_is_that_of_the_upright_picture(tmp_path: Path, form: str, kind: 
         f"lying.{ending}": made(96, 64, kind, orientation=LYING_DOWN),
         f"cut.{ending}": made(96, 64, kind)[:18],
         f"empty.{ending}": b"",
+        f"endless.{ending}": b"BM" + struct.pack("<IIIIIIHHIIIIII", 99, 0, 54, 40, 2**32 - 1, 5, 1, 24, *[0] * 6),
     }
     ref = build(tmp_path / "c", lay_out(tmp_path / "in", files, form), sizes="read")
     assert known(Catalog.open(ref.path)) == {
@@ -121,9 +123,10 @@ def test_a_size_is_that_of_the_upright_picture(tmp_path: Path, form: str, kind: 
         "lying": (64, 96),
         "cut": (None, None),
         "empty": (None, None),
+        "endless": (None, None),
     }
-    assert (ref.num_sized, ref.num_records, ref.num_rejected) == (3, 5, 0), "an unreadable header is not rejected here"
-    assert "; sizes of 3 of 5 known ->" in describe(ref)
+    assert (ref.num_sized, ref.num_records, ref.num_rejected) == (3, 6, 0), "an unreadable header is not rejected here"
+    assert "; sizes of 3 of 6 known ->" in describe(ref)
     assert found(ref.path, "height:>=96") == ["lying"] and found(ref.path, "ratio:3:2") == ["plain", "standing"]
 
 
