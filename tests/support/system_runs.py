@@ -13,7 +13,7 @@ from support.service import Service, wait_until
 from sdxl_core.config import CacheLatentsConfig, MergeTagsConfig
 from sdxl_core.merge.plan import merge_tags
 
-CANCELLED_WITHIN_S = 30  # 10 are asked for and measured (docs/log.md); a busy machine may take longer
+CANCELLED_WITHIN_S = 30  # 10 are asked for, and measured (benchmarks/cancel.py); a busy machine may take longer
 SMALL = {"vae": "tiny", "resolution_px": 128, "min_bucket_px": 64, "max_bucket_px": 256, "devices": "cpu"}
 
 
