@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from types import FrameType
 
 AGAIN_AFTER_S = 3.0
@@ -21,30 +22,37 @@ AGAIN_AFTER_S = 3.0
 @contextmanager
 def insistent_interrupts() -> Iterator[None]:
     """Within the block a SIGINT is repeated while no KeyboardInterrupt is being handled. For the main thread."""
-    ended, asked, by_us = threading.Event(), threading.Event(), threading.Event()
+    asked: SimpleQueue[None] = SimpleQueue()  # a signal in the middle of Event.set() would wait for itself in another
+    ended = threading.Event()
+    by_us = is_over = False
 
     def interrupted(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        if by_us.is_set():
-            by_us.clear()
-            if _is_on_its_way_out(sys.exception()):
-                return
-        raise KeyboardInterrupt
+        nonlocal by_us
+        asked.put(None)
+        is_repeat, by_us = by_us, False
+        if not (is_repeat and (is_over or _is_on_its_way_out(sys.exception()))):
+            raise KeyboardInterrupt
 
     def insist() -> None:
-        asked.wait()
-        while not ended.wait(AGAIN_AFTER_S):
-            by_us.set()
+        nonlocal by_us
+        asked.get()
+        while not ended.wait(AGAIN_AFTER_S) and not is_over:
+            by_us = True
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, interrupted)
-    threading.Thread(target=insist, name="interrupts", daemon=True).start()
+    insisting = threading.Thread(target=insist, name="interrupts", daemon=True)
+    insisting.start()
     try:
         yield
     finally:
-        ended.set()
-        asked.set()
-        signal.signal(signal.SIGINT, before)
+        is_over = True  # first, and nothing can come between: a repeat that is under way is let pass
+        try:
+            ended.set()
+            asked.put(None)
+            insisting.join()  # else its last repeat could meet the handler of others
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _is_on_its_way_out(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -43,3 +44,25 @@ def test_afterwards_signals_are_as_before() -> None:
     with interrupts.insistent_interrupts():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_no_repeat_comes_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that end while a repeat is under way."""
+    kill, before = os.kill, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(interrupts, "AGAIN_AFTER_S", 0.001)
+
+    def slow_kill(pid: int, number: int) -> None:
+        time.sleep(0.002)
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", slow_kill)
+    for number in range(200):
+        with suppress(KeyboardInterrupt), interrupts.insistent_interrupts():
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            time.sleep(number % 50 * 1e-4)  # the first repeat comes after 3 ms
+        try:
+            assert signal.getsignal(signal.SIGINT) is before
+            time.sleep(0.004)
+        except KeyboardInterrupt:
+            pytest.fail(f"block {number} ended, and then came a repeat")
