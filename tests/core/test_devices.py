@@ -45,21 +45,30 @@ def test_a_card_may_have_several_slots_and_a_cpu_slot_sees_none() -> None:
         assert len({slot.run(os.getpid) for slot in slots.slots}) == 3
 
 
-def test_slots_work_at_once_and_do_not_notice_that_another_dies() -> None:
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    """A call that reads it ends when it is written to; opening it to write waits until it is being read."""
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path / "fifo"
+
+
+def test_slots_work_at_once_and_do_not_notice_that_another_dies(fifo: Path) -> None:
     with Slots(["cpu", "cpu"]) as slots:
         dying, working = slots.slots
         pid, pid_of_working = dying.run(os.getpid), working.run(os.getpid)
         answers: list[object] = []
-        busy = threading.Thread(target=lambda: answers.append(working.run(time.sleep, 0.5)))
+        busy = threading.Thread(target=lambda: answers.append(working.run(Path.read_text, fifo)))
         busy.start()
         with pytest.raises(SlotDied):
             dying.run(os.kill, pid, signal.SIGKILL)
-        assert dying.run(os.getpid) != pid and not answers, "its call went on meanwhile"
-        busy.join(timeout=30)
-        assert answers == [None] and working.run(os.getpid) == pid_of_working
+        assert dying.run(os.getpid) != pid
+        assert busy.is_alive() and not answers, "its call goes on meanwhile"
+        fifo.write_text("go")
+        busy.join(timeout=60)
+        assert answers == ["go"] and working.run(os.getpid) == pid_of_working
 
 
-def test_leaving_kills_a_busy_slot_and_its_task_is_not_retried() -> None:
+def test_leaving_kills_a_busy_slot_and_its_task_is_not_retried(fifo: Path) -> None:
     failures: list[BaseException] = []
     with Slots(["cpu"]) as slots:
         slot = slots.slots[0]
@@ -67,14 +76,15 @@ def test_leaving_kills_a_busy_slot_and_its_task_is_not_retried() -> None:
 
         def work() -> None:
             try:
-                slot.run(time.sleep, 600)
+                slot.run(Path.read_text, fifo)
             except SlotsClosed as error:
                 failures.append(error)
 
         busy = threading.Thread(target=work)
         busy.start()
-        time.sleep(0.2)
-    busy.join(timeout=30)
+        writing = os.open(fifo, os.O_WRONLY)
+    busy.join(timeout=60)
+    os.close(writing)
     assert [type(error) for error in failures] == [SlotsClosed]
 
 

@@ -16,12 +16,13 @@ def two_nodes(*, num_cpus: int = 2, num_gpus: int = 0) -> Iterator[str]:
 
     node: dict[str, Any] = {
         "num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": False,
+        "include_dashboard": False, "wait": False,
     }  # fmt: skip
     cluster = Cluster(initialize_head=True, head_node_args=node)
     before = os.environ.get("RAY_ADDRESS")
     try:
         cluster.add_node(**node)
+        cluster.wait_for_nodes(timeout=180)
         os.environ["RAY_ADDRESS"] = cluster.address
         yield cluster.address
     finally:
