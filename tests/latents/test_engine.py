@@ -275,11 +275,11 @@ def test_the_posterior_is_kept_where_asked_for(tmp_path: Path) -> None:
 
 
 def bound_by(tmp_path: Path, slow: str, monkeypatch: Any) -> EngineReport:
-    """A run whose stage `slow` takes 20 ms a picture."""
+    """A run whose stage `slow` takes 0.1 s a picture."""
 
     def slowed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            time.sleep(0.02 if stage == slow else 0)
+            time.sleep(0.1 if stage == slow else 0)
             return function(*args, **options)
 
         return call
@@ -288,11 +288,11 @@ def bound_by(tmp_path: Path, slow: str, monkeypatch: Any) -> EngineReport:
     monkeypatch.setattr(preparing, "decode_pixels", slowed("decode", preparing.decode_pixels))
 
     def vae(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
-        time.sleep(0.02 * len(images) if slow == "vae" else 0)
+        time.sleep(0.1 * len(images) if slow == "vae" else 0)
         return mean
 
     def commit(group: EncodedGroup) -> None:
-        time.sleep(0.02 * len(group.pictures) if slow == "write" else 0)
+        time.sleep(0.1 * len(group.pictures) if slow == "write" else 0)
 
     config = config_of(tmp_path, decode_threads=1)
     return Engine(config, "cpu", load=changed(vae)).run(grouped(pictures_in(tmp_path, 24), 4), commit)
@@ -306,21 +306,21 @@ def test_the_report_names_the_slowest_stage(tmp_path: Path, slow: str, monkeypat
 
 
 def test_stages_overlap(tmp_path: Path, monkeypatch: Any) -> None:
-    """Decoding, the VAE and writing take 10 ms a picture each, and the run hardly longer than one of them."""
+    """Decoding, the VAE and writing take 50 ms a picture each, and the run hardly longer than one of them."""
     decode = preparing.decode_pixels
 
     def slow_decode(*args: Any, **options: Any) -> Any:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return decode(*args, **options)
 
     def slow_vae(images: torch.Tensor, mean: torch.Tensor, dtype: str) -> torch.Tensor:
-        time.sleep(0.01 * len(images))
+        time.sleep(0.05 * len(images))
         return mean
 
     monkeypatch.setattr(preparing, "decode_pixels", slow_decode)
     pictures = pictures_in(tmp_path, 48)
     report = Engine(config_of(tmp_path, decode_threads=1), "cpu", load=changed(slow_vae)).run(
-        [(0, pictures)], lambda group: None, lambda number, batch: time.sleep(0.01 * len(batch))
+        [(0, pictures)], lambda group: None, lambda number, batch: time.sleep(0.05 * len(batch))
     )
     assert report.wall_s < 0.7 * sum(report.seconds[stage] for stage in ("decode", "vae", "write"))
 
@@ -350,7 +350,7 @@ def test_errors_of_every_thread_reach_the_caller_and_leave_no_thread(tmp_path: P
     monkeypatch.setattr(preparing, "decode_pixels", no_decoder)
     with pytest.raises(ZeroDivisionError):
         run(config_of(tmp_path), grouped(pictures, 2))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_groups_of_which_nothing_is_left_are_committed_in_their_turn(tmp_path: Path) -> None:

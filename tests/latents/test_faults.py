@@ -300,7 +300,7 @@ def test_a_kill_costs_the_encoding_of_one_group_at_most(
     for number, moment in enumerate(rng.sample(range(30, 170), 8)):
         mine = config.model_copy(update={"out": quick_disk / str(number)})
         log.write_bytes(b"")
-        code = run_forked(mine, moment, linger_s=0.05)
+        code = run_forked(mine, moment, linger_s=0.25)
         assert run_forked(mine) == 0
         encodings = Counter(log.read_text().splitlines())
         twice = encodings.total() - len(encodings)

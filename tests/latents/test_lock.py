@@ -102,18 +102,21 @@ def test_a_process_id_of_another_boot_or_container_proves_nothing(tmp_path: Path
 def test_a_clock_that_jumps_takes_no_lock_from_a_living_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: int
 ) -> None:
-    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.4)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 4.0)
     path = far_lock(tmp_path)
     stop = threading.Event()
 
     def beat() -> None:
-        while not stop.wait(0.2):
-            os.utime(path, (time.time() - jump_s, time.time() - jump_s))
+        os.utime(path, (time.time() - jump_s, time.time() - jump_s))
 
-    thread = threading.Thread(target=beat)
+    def beat_on() -> None:
+        while not stop.wait(0.2):
+            beat()
+
+    beat()
+    thread = threading.Thread(target=beat_on)
     thread.start()
     try:
-        time.sleep(0.3)
         with pytest.raises(LockedError, match="far job"), output_lock(tmp_path, purpose="mine"):
             pass
     finally:
@@ -128,7 +131,9 @@ def test_a_holder_that_was_taken_over_says_so_and_leaves_the_other_lock(
     with pytest.raises(LockedError, match="took over"), output_lock(tmp_path, purpose="mine"):
         taken = orjson.loads((tmp_path / LOCK_NAME).read_bytes()) | {"token": "another", "host": "elsewhere"}
         (tmp_path / LOCK_NAME).write_bytes(orjson.dumps(taken))
-        time.sleep(0.5)
+        held, deadline = lock._held[tmp_path.resolve()], time.monotonic() + 30
+        while not held.is_lost and time.monotonic() < deadline:
+            time.sleep(0.05)
     assert orjson.loads((tmp_path / LOCK_NAME).read_bytes())["token"] == "another"
 
 
