@@ -20,7 +20,7 @@ def count_at_once(folder: Path, begin_transaction: Any) -> int:
         session = await config.session(await config.engine())
         async with session, begin_transaction(config, session):
             number = (await session.execute(sa.text("SELECT number FROM numbers"))).scalar_one()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
             await session.execute(sa.text("UPDATE numbers SET number = :number"), {"number": number + 1})
 
     async def count() -> int:
