@@ -83,10 +83,10 @@ def measure(folder: Path, size: int, repeats: int) -> None:
     def each(name: str, start: str) -> float:
         return (middle[name]["cpu_s"] - middle[start]["cpu_s"]) / size * 1e6
 
-    loop = each("Pillow's loop", "its start")
+    loop = each("Pillow's loop", "the loop's start")
     for name, cost in middle.items():
-        start = {"Pillow's loop": "its start"}.get(
-            name, name if name == "its start" else f"{name.split(',')[0]}, tags only"
+        start = {"Pillow's loop": "the loop's start"}.get(
+            name, name if name == "the loop's start" else f"{name.split(',')[0]}, tags only"
         )
         own = each(name, start)
         shown = f"{own:.0f} | {own / loop:.2f}" if start != name else "|"
@@ -99,7 +99,7 @@ def measure(folder: Path, size: int, repeats: int) -> None:
 
 def contenders(folder: Path, size: int) -> Iterator[tuple[str, list[str]]]:
     """Names and commands; what must not be there is removed when its turn comes."""
-    yield "its start", [sys.executable, "-c", LOOP, str(folder / "in"), "0"]
+    yield "the loop's start", [sys.executable, "-c", LOOP, str(folder / "in"), "0"]
     yield "Pillow's loop", [sys.executable, "-c", LOOP, str(folder / "in"), str(2 * size)]
     for name in ("of folder", "of tars"):
         catalog = str(folder / name)
