@@ -22,7 +22,7 @@ class SubsetOptions(Section):
     query: str = Field(
         "",
         title="Tag query",
-        description="as booru sites write it: 1girl -comic rating:g,s score:>=10 ( pink_hair or blonde_hair ) *_ears; "
+        description="as booru sites write it: 1girl -comic width:>=768 score:>=10 ( pink_hair or blonde_hair ) *_ears; "
         "empty keeps every picture (docs/query.md)",
     )
     how: SubsetHow = Field(
