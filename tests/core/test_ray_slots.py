@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 from support.ray_cluster import two_nodes
 from support.run_processes import listening
@@ -153,7 +154,7 @@ def test_a_ray_of_its_own_listens_on_loopback_and_dies_with_a_killed_driver(
         driver.kill()
     assert addresses and addresses <= {"127.0.0.1"}, addresses
     assert is_gone(actor)
-    assert all_gone(str(tmp_path)) and not list(short.iterdir())
+    assert not left(str(tmp_path)) and not list(short.iterdir())
     with RaySlots("cpu", address="auto", witness=witness) as slots:
         assert slots.slots[0].run(os.getpid) != actor
 
@@ -169,7 +170,7 @@ def test_a_ray_of_its_own_dies_with_a_driver_that_is_killed_while_it_starts(shor
             time.sleep(0.01)
         driver.kill()
     assert driver.returncode == -signal.SIGKILL
-    assert all_gone(str(tmp_path)) and not list(short.iterdir())
+    assert not left(str(tmp_path)) and not list(short.iterdir())
 
 
 CANCELLED = """
@@ -208,7 +209,7 @@ def test_a_signal_to_the_whole_group_cancels_as_ever_and_ray_ends_at_once(tmp_pa
     )
     error, seconds = done.stdout.split()
     assert error == "SlotsClosed" and float(seconds) < 30
-    assert all_gone(str(tmp_path))
+    assert not left(str(tmp_path))
 
 
 def test_without_ray_installed_it_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +236,12 @@ def is_gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def all_gone(text: str) -> bool:
+def left(text: str) -> list[str]:
+    """Command lines of what has the text in its environment, when it is none or a minute has passed."""
     deadline = time.monotonic() + 60
-    while marked(text) and time.monotonic() < deadline:
+    while (pids := marked(text)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not marked(text)
+    return [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
 
 
 def marked(text: str) -> set[int]:
