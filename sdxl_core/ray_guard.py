@@ -1,8 +1,10 @@
 """Ends a Ray of a run's own with the process that started it, however that ends.
 
-Ray's main processes are told by the kernel when their parent dies; its agents notice by themselves, after up to a
-minute. This one waits for the end of a pipe that the run's process holds, and then ends every process that was started
-with this Ray's mark in its environment, and no other. Run as a file, so that nothing is imported: 20 ms.
+Ray's main processes are told by the kernel when their parent dies; its agents and workers notice by themselves, after
+up to a minute or never. Each main process begins a session, to which all belong that it starts: a number that no
+program, environment or title hides (Ray's agents write their titles over their environments). This one is told the
+sessions through a pipe that the run's process holds, waits for the pipe's end, and then ends all that is in them, and
+nothing else. Run as a file, so that nothing is imported: 20 ms.
 """
 
 from __future__ import annotations
@@ -13,66 +15,55 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MARK = "SDXL_FLOWS_RAY"  # in the environment of all that belongs to one Ray: its folder
-GIVE_UP_AFTER_S = 30.0
-QUIET_S = 1.0  # after a sudden death: what was being started shows itself
+GIVE_UP_AFTER_S = 120.0  # they are killed; on a machine that is busy, processes need time to end
 
 
 @contextmanager
-def guarded(folder: str) -> Iterator[None]:
-    """While inside, the Ray of `folder` cannot outlive this process; afterwards, nothing of it is there."""
+def guarded(folder: str) -> Iterator[int]:
+    """While inside, the Ray of `folder` cannot outlive this process; afterwards, nothing of it is there.
+
+    Gives: the descriptor for `begin_session`.
+    """
     command = [sys.executable, "-I", "-S", __file__, folder]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/") as guard:
-        try:
-            yield
-        finally:
-            assert guard.stdin is not None
-            with suppress(BrokenPipeError):  # somebody has ended it
-                os.write(guard.stdin.fileno(), b"Ray was shut down")  # leaving closes the pipe, and waits for its end
+        assert guard.stdin is not None
+        yield guard.stdin.fileno()  # leaving closes the pipe, and waits for the guard's end
 
 
-@contextmanager
-def marked(folder: str) -> Iterator[None]:
-    """Processes that are started inside, and those that they start, belong to the Ray of `folder`."""
-    os.environ[MARK] = folder
-    try:
-        yield
-    finally:
-        del os.environ[MARK]
+def begin_session(guard: int) -> None:
+    """For a process of Ray, before it changes into its program. `guard`: of `guarded`."""
+    os.setsid()
+    with suppress(BrokenPipeError):  # somebody has ended the guard
+        os.write(guard, f"{os.getpid()}\n".encode())
 
 
-def processes_of(folder: str) -> list[int]:
-    """What is alive of a Ray, by process id. Linux; elsewhere: []."""
-    mark, found = f"{MARK}={folder}".encode(), []
+def alive_in(sessions: Set[int]) -> list[int]:
+    """The processes of these sessions, zombies not counted. Linux; elsewhere: []."""
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # another user's, or gone meanwhile
-            is_alive = (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-            if is_alive and mark in (entry / "environ").read_bytes().split(b"\0"):
+        with suppress(OSError):  # gone meanwhile
+            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state not in "ZX":
                 found.append(int(entry.name))
     return found
 
 
-def end(folder: str, *, quiet_s: float) -> None:
-    """SIGKILL to all of it, until none was seen for `quiet_s` seconds; its folder goes too.
-
-    One that is just being started may be overlooked: a process has no environment while it changes into a program.
-    """
-    now = started = seen = time.monotonic()
-    while now - seen <= quiet_s and now - started < GIVE_UP_AFTER_S:
-        left = processes_of(folder)
+def end(folder: str, sessions: Set[int]) -> None:
+    """SIGKILL to all that is in the sessions, until two looks found nothing; the folder goes too."""
+    give_up_at, num_empty = time.monotonic() + GIVE_UP_AFTER_S, 0
+    while num_empty < 2 and time.monotonic() < give_up_at:
+        left = alive_in(sessions)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        num_empty = 0 if left else num_empty + 1
         time.sleep(0.02)
-        now = time.monotonic()
-        seen = now if left else seen
     shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    was_shut_down = bool(sys.stdin.buffer.read())
-    end(sys.argv[1], quiet_s=0.0 if was_shut_down else QUIET_S)
+    end(sys.argv[1], {int(line) for line in sys.stdin.buffer.read().split()})

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from sdxl_core import __version__
 from sdxl_core.devices import READY_WITHIN_S, Slot, SlotDied, Slots, share_cores
 from sdxl_core.errors import ConfigError
-from sdxl_core.ray_guard import guarded, marked
+from sdxl_core.ray_guard import begin_session, guarded
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -285,8 +285,7 @@ def _connected(address: str) -> Iterator[None]:
         starting = ExitStack()
         if address == "local":
             folder = tempfile.mkdtemp(prefix="sdxl-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))  # sockets: short
-            stack.enter_context(guarded(folder))
-            starting.enter_context(marked(folder))
+            starting.enter_context(_in_sessions(stack.enter_context(guarded(folder))))
             settings |= {
                 "_temp_dir": folder,
                 "include_dashboard": False,
@@ -315,26 +314,35 @@ def _end_own() -> None:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep SIGTERM ours while Ray starts: a cancelled run is sent it, and so is all of its process group.
+def _in_sessions(guard: int) -> Iterator[None]:
+    """Ray's processes begin sessions of their own, which the guard is told.
 
-    Ray puts a handler of its own in place of the one that answers. Its processes get groups of their own, so that they
-    live until we end them: their sudden end would make ours slow, and look like a death.
+    A cancelled run is sent SIGTERM, and so is all of its process group: their sudden end would make ours slow, and look
+    like a death. So they live until we end them.
     """
     from ray._private import utils
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before, prepare_child = signal.getsignal(signal.SIGTERM), utils.set_kill_on_parent_death_linux
+    prepare_child = utils.set_kill_on_parent_death_linux
 
-    def prepare_child_in_a_group() -> None:
+    def prepare_child_in_a_session() -> None:
         prepare_child()
-        os.setpgrp()
+        begin_session(guard)
 
-    utils.set_kill_on_parent_death_linux = prepare_child_in_a_group
+    utils.set_kill_on_parent_death_linux = prepare_child_in_a_session
     try:
         yield
     finally:
         utils.set_kill_on_parent_death_linux = prepare_child
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep SIGTERM ours while Ray starts: it puts a handler of its own in place of the one that answers a cancel."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGTERM, before)
