@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -58,6 +59,14 @@ def states_of(service: Service, run: UUID) -> list[Any]:
 
 def names_of(service: Service, run: UUID) -> list[str]:
     return [state.name for state in states_of(service, run)]
+
+
+def num_resumes(service: Service, run: UUID) -> int:
+    """How often it was scheduled again after a crash. One resume may be told twice in a row, and is one attempt.
+
+    The server fires an automation again where the event of its own action comes while it is still at it.
+    """
+    return sum(name == "AwaitingRetry" for name, _ in groupby(names_of(service, run)))
 
 
 def task_runs_of(service: Service, run: UUID, num: int) -> list[Any]:

@@ -15,6 +15,7 @@ from support.system_runs import (
     latents_config,
     latents_of,
     names_of,
+    num_resumes,
     parameters,
     role_of,
 )
@@ -54,5 +55,6 @@ def test_one_death_that_is_reported_twice_is_resumed_once(
     wait_until(lambda: (tmp_path / "meta_lat.json").exists(), timeout_s=240, what="the end of the work")
     service.wait_for(run, "Completed")
     names = names_of(service, run)
-    assert names.count("Crashed") == 2 and names.count("AwaitingRetry") == 1, names
+    assert names.count("Crashed") == 2 and num_resumes(service, run) == 1, names
+    assert names.count("Running") == 3, names
     assert latents_of(tmp_path) == encoded
