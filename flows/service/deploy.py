@@ -83,7 +83,7 @@ def main() -> None:
         deadline = time.monotonic() + options.wait
         while not is_healthy(url):
             if time.monotonic() >= deadline:
-                raise SdxlFlowsError(f"{url}: no server answers there. Start it (`prefect server start`), then again.")
+                raise SdxlFlowsError(f"{url}: no server answers there. Start it (`sdxl-flows up`), then again.")
             time.sleep(1)
         if options.runs_only:
             wait_for_runs(url)
